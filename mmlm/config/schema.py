@@ -1,0 +1,324 @@
+"""Every setting of a run, as frozen dataclasses.
+
+Checks inside one section live in its ``__post_init__``; checks across sections in `checks.py`.
+Nothing is overwritten after construction; derived numbers are properties. Sizes follow Megatron's
+names. A `ModelConfig` is never typed by hand for published weights: `mmlm.conversion.hf_config`
+reads it from the ``config.json`` of the parts.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mmlm.errors import ConfigError
+
+
+def _require(section: str, rules: dict[str, bool]) -> None:
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ConfigError(f"{section}: " + "; ".join(broken))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes of an InternViT tower."""
+
+    hidden_size: int
+    """Width of a token."""
+    ffn_hidden_size: int
+    """Width inside the MLP."""
+    num_layers: int
+    """Transformer layers (there is no final norm)."""
+    num_attention_heads: int
+    """True heads; padding to a multiple of TP happens in `mmlm.layers.head_partition`."""
+    image_size: int
+    """Height and width of the square input, pixels."""
+    patch_size: int
+    """Height and width of a patch, pixels."""
+    layernorm_epsilon: float = 1e-6
+    """Added to the mean square inside every RMSNorm of the tower."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "vision",
+            {
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
+                f"{self.num_attention_heads}": self.hidden_size % self.num_attention_heads == 0,
+                f"image_size // patch_size = {self.grid_size} must be even and positive, because "
+                "pixel shuffle joins 2 x 2 patches": self.grid_size > 0
+                and self.grid_size % 2 == 0,
+                f"num_layers {self.num_layers} must be at least 1": self.num_layers >= 1,
+            },
+        )
+
+    @property
+    def kv_channels(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens inside the tower: one a patch and the class token."""
+        return self.grid_size**2 + 1
+
+    @property
+    def embeddings_per_image(self) -> int:
+        """Vectors given to the text for one image, after pixel shuffle."""
+        return self.grid_size**2 // 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageConfig:
+    """Sizes of a Llama-type decoder with untied embedding and head."""
+
+    hidden_size: int
+    """Width of a token."""
+    ffn_hidden_size: int
+    """Width inside the SwiGLU MLP."""
+    num_layers: int
+    """Decoder layers."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key/value heads (GQA)."""
+    kv_channels: int
+    """Size of one head."""
+    vocab_size: int
+    """True rows of the embedding and of the head; TP padding is never counted here."""
+    layernorm_epsilon: float = 1e-5
+    """Added to the mean square inside every RMSNorm of the decoder."""
+    rotary_base: float = 5_000_000.0
+    """RoPE theta."""
+    max_position_embeddings: int = 4096
+    """Longest sample that the weights were made for, tokens."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "language",
+            {
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_query_groups {self.num_query_groups}": self.num_attention_heads
+                % self.num_query_groups
+                == 0,
+                f"num_layers {self.num_layers} must be at least 1": self.num_layers >= 1,
+                f"kv_channels {self.kv_channels} must be even for RoPE": self.kv_channels % 2 == 0,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The three parts: vision tower, projection (two linear layers), decoder."""
+
+    vision: VisionConfig
+    language: LanguageConfig
+    ps_version: Literal["v1", "v2"] = "v1"
+    """Pixel shuffle variant; V1-2 weights expect v1 (a transposed token grid)."""
+    projection_layernorm_epsilon: float = 1e-5
+    """Epsilon of the projection's LayerNorm."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "model",
+            {f"ps_version '{self.ps_version}' must be v1 or v2": self.ps_version in ("v1", "v2")},
+        )
+
+    @property
+    def projection_input_size(self) -> int:
+        """Width after pixel shuffle: 2 x 2 patches side by side."""
+        return 4 * self.vision.hidden_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is cut; the data-parallel size is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """Ranks that share each layer (TP)."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks that share the list of layers (PP)."""
+    pipeline_layout: str = "auto"
+    """Where the flat layer list is cut, e.g. ``vv|vpEt|ttL``; ``auto`` balances parameters' work."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "parallel",
+            {
+                f"{name} {getattr(self, name)} must be at least 1": getattr(self, name) >= 1
+                for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on and how it is packed."""
+
+    meta: str = ""
+    """Path of the meta json that names the sets; relative roots start at the working directory."""
+    tokenizer: str = ""
+    """Folder with ``tokenizer.model``; empty means the one kept beside the loaded checkpoint."""
+    seq_length: int = 2048
+    """Tokens in a pack, and the length at which a sample is truncated."""
+    cache_dir: str = ""
+    """Where length indexes are kept; empty means ``<output_dir>/data_cache``."""
+    num_workers: int = 2
+    """Processes that measure lengths, and threads that decode images ahead of the training."""
+    policy: Literal["strict", "skip"] = "strict"
+    """Broken samples stop the run before it starts (strict) or are recorded and left out (skip)."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "data",
+            {
+                f"seq_length {self.seq_length} must be at least 8": self.seq_length >= 8,
+                f"policy '{self.policy}' must be strict or skip": self.policy
+                in ("strict", "skip"),
+                f"num_workers {self.num_workers} must be at least 1": self.num_workers >= 1,
+            },
+        )
+
+
+LossWeight = Literal["token", "sample", "square"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Batch, length, precision and what is trained."""
+
+    global_batch_size: int = 512
+    """Samples (conversations, not packs) in one iteration."""
+    micro_batch_size: int = 1
+    """Packs in one microbatch."""
+    train_iters: int | None = None
+    """Iterations; when not given, `epochs` decides."""
+    epochs: int = 1
+    """Passes over the data; its last short batch is completed from the start of the epoch."""
+    seed: int = 42
+    """Seed of the data order, of drop path and of fresh weights."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Precision of weights and activations; main weights and gradients are always fp32."""
+    loss_weight: LossWeight = "token"
+    """token: mean over supervised tokens; sample: mean of sample means; square: 1/sqrt(n) each."""
+    vision_drop_path_rate: float = 0.4
+    """Drop-path rate of the last vision layer; linear from 0 at the first, per image."""
+    freeze_vision_model: bool = False
+    """Leave the vision tower as it is (drop path stays active unless its rate is 0)."""
+    freeze_vision_projection: bool = False
+    """Leave the projection as it is."""
+    freeze_language_model: bool = False
+    """Leave the decoder, its embedding and its head as they are."""
+    eval_interval: int = 0
+    """Iterations between held-out evaluations; 0 means never."""
+
+    def __post_init__(self) -> None:
+        frozen = (
+            self.freeze_vision_model and self.freeze_vision_projection and self.freeze_language_model
+        )
+        _require(
+            "train",
+            {
+                f"global_batch_size {self.global_batch_size} must be at least 1": (
+                    self.global_batch_size >= 1
+                ),
+                f"micro_batch_size {self.micro_batch_size} must be at least 1": (
+                    self.micro_batch_size >= 1
+                ),
+                f"dtype '{self.dtype}' must be bf16 or fp32": self.dtype in ("bf16", "fp32"),
+                f"loss_weight '{self.loss_weight}' must be token, sample or square": (
+                    self.loss_weight in ("token", "sample", "square")
+                ),
+                f"vision_drop_path_rate {self.vision_drop_path_rate} must be in [0, 1)": (
+                    0.0 <= self.vision_drop_path_rate < 1.0
+                ),
+                "all three parts are frozen: nothing would be trained": not frozen,
+                f"train_iters {self.train_iters} must be at least 1": (
+                    self.train_iters is None or self.train_iters >= 1
+                ),
+                f"epochs {self.epochs} must be at least 1": self.epochs >= 1,
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule, as published."""
+
+    lr: float = 1e-5
+    """Highest learning rate."""
+    min_lr: float = 0.0
+    """Learning rate that the cosine ends at."""
+    lr_warmup_fraction: float = 0.03
+    """Share of the iterations (rounded up) over which the rate rises from exactly 0."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay."""
+    decay: Literal["all", "matrices_only", "huggingface"] = "all"
+    """Which parameters decay; the published run decays all (see docs/recipe.md)."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added outside the root."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "optimizer",
+            {
+                f"lr {self.lr} must be positive": self.lr > 0,
+                f"lr_warmup_fraction {self.lr_warmup_fraction} must be in [0, 1)": (
+                    0.0 <= self.lr_warmup_fraction < 1.0
+                ),
+                f"decay '{self.decay}' must be all, matrices_only or huggingface": (
+                    self.decay in ("all", "matrices_only", "huggingface")
+                ),
+            },
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What a run starts from and what it leaves."""
+
+    load: str = ""
+    """Checkpoint to take weights from when there is nothing to resume; empty means fresh weights."""
+    save_interval: int = 200
+    """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
+    keep: int = 3
+    """Newest checkpoints kept; older ones are deleted after a new one is complete. 0: all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendConfig:
+    """Which implementations are used; resolved once at start and printed."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is a device, otherwise CPU with gloo."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Linear layers and norms: megatron-core's own and ours (local) or transformer-engine's."""
+    attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
+    """Packed attention: torch SDPA a segment at a time, flash-attn varlen, or transformer-engine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run: what a recipe function returns."""
+
+    output_dir: str = "work_dirs/run"
+    """Checkpoints, metrics.jsonl, TensorBoard files, the plot and the resolved config go here."""
+    model: ModelConfig | None = None
+    """None: read from the checkpoint in ``checkpoint.load``."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    eval_meta: str = ""
+    """Meta json of a held-out split; empty means no evaluation."""
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)

@@ -1,0 +1,22 @@
+"""The errors that mmlm raises on purpose.
+
+Every message says what was found, where (file, line, field or rank), what the rule is and what to
+change. ``mmlm.cli`` prints an `MmlmError` as one line and exits with status 1; any other exception
+is a bug of ours and keeps its traceback.
+"""
+
+
+class MmlmError(Exception):
+    """Base of every error that a user can cause and mend."""
+
+
+class ConfigError(MmlmError, ValueError):
+    """A setting, a layout or a model size that breaks a rule."""
+
+
+class CheckpointError(MmlmError):
+    """A checkpoint or weight file that is missing, incomplete or of the wrong shape."""
+
+
+class DataError(MmlmError):
+    """A meta file, annotation line, image or tokenizer that cannot be used."""
