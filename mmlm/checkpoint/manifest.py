@@ -1,0 +1,215 @@
+"""What a checkpoint is, beside its tensors, and where it lies.
+
+```
+ROOT/latest                    text: the newest complete iteration, e.g. iter_0000200
+ROOT/iter_0000200/mmlm.json    the manifest
+ROOT/iter_0000200/hf_assets/   tokenizer and config.json files of the HuggingFace parts
+ROOT/iter_0000200/...          tensors, see storage.py
+```
+A checkpoint is written under a temporary name and renamed when complete; `latest` is replaced
+last. A process killed at any moment leaves the previous checkpoint usable.
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.errors import CheckpointError, ConfigError
+
+MANIFEST_FILE = "mmlm.json"
+LATEST_FILE = "latest"
+ASSETS_DIR = "hf_assets"
+FORMAT_VERSION = 1
+_ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything about a checkpoint that is not a tensor."""
+
+    iteration: int
+    """Iterations done; 0 for converted weights."""
+    consumed_samples: int
+    """Samples used so far, from which the data order continues."""
+    dtype: str
+    """Of the model's tensors: bf16, fp16, fp32, or mixed."""
+    model: ModelConfig
+    """Sizes of the model."""
+    run_config: dict[str, Any] | None
+    """The resolved configuration of the run as JSON; None for converted weights."""
+    has_optimizer: bool
+    """Whether a training can be resumed exactly, or only started from the weights."""
+    format_version: int = FORMAT_VERSION
+    """Version of this layout."""
+
+    def write(self, directory: Path) -> None:
+        """Write the manifest of an iteration's directory."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Read the manifest of an iteration's directory.
+
+        Raises:
+            CheckpointError: when it is missing, damaged, or of a newer format.
+        """
+        file = directory / MANIFEST_FILE
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{file}: missing; not a checkpoint of mmlm") from None
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+        version = content.get("format_version") if isinstance(content, dict) else None
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{file}: format_version is {version!r}, this version of mmlm reads "
+                f"{FORMAT_VERSION}"
+            )
+        try:
+            return cls(**{**content, "model": model_config_from_json(content["model"])})
+        except (KeyError, TypeError, ConfigError) as error:
+            raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+def model_config_from_json(content: dict[str, Any]) -> ModelConfig:
+    """Rebuild a ModelConfig from what `dataclasses.asdict` made of it."""
+    return ModelConfig(
+        **{
+            **content,
+            "vision": VisionConfig(**content["vision"]),
+            "language": LanguageConfig(**content["language"]),
+        }
+    )
+
+
+def iteration_name(iteration: int) -> str:
+    """Name of an iteration's directory, e.g. ``iter_0000200``."""
+    return f"iter_{iteration:07d}"
+
+
+def temporary_dir(root: Path, iteration: int) -> Path:
+    """Where a checkpoint is written before `publish`; on the same file system as its final place.
+
+    What an interrupted save left there must be removed first (by one rank).
+    """
+    return root / f".{iteration_name(iteration)}.tmp"
+
+
+def resolve(path: Path) -> Path:
+    """Find the iteration's directory that a path means.
+
+    Args:
+        path: a folder with a ``latest`` file, or an iteration's directory.
+
+    Raises:
+        CheckpointError: when neither is there.
+    """
+    path = Path(path)
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    latest = path / LATEST_FILE
+    if not latest.is_file():
+        found = "does not exist" if not path.exists() else "holds neither"
+        raise CheckpointError(
+            f"{path}: {found}; a checkpoint is a folder with a '{LATEST_FILE}' file, or one of its "
+            f"iter_* folders with {MANIFEST_FILE}"
+        )
+    name = latest.read_text(encoding="utf-8").strip()
+    if not _ITERATION.fullmatch(name):
+        raise CheckpointError(f"{latest}: says {name!r}, which is not the name of an iteration")
+    # A kill while `publish` replaces an iteration leaves the old one under its second name.
+    for candidate in (path / name, _aside(path, name)):
+        if (candidate / MANIFEST_FILE).is_file():
+            return candidate
+    raise CheckpointError(
+        f"{latest}: names {name}, but {path / name} is missing or incomplete; give one of "
+        f"{[found.name for found in iterations(path)]} itself"
+    )
+
+
+def iterations(root: Path) -> list[Path]:
+    """Complete checkpoints of a folder, oldest first."""
+    found = [
+        (int(match.group(1)), each)
+        for each in (root.iterdir() if root.is_dir() else ())
+        if (match := _ITERATION.fullmatch(each.name)) and (each / MANIFEST_FILE).is_file()
+    ]
+    return [each for _, each in sorted(found)]
+
+
+def publish(tmp_dir: Path, root: Path, iteration: int) -> Path:
+    """Make a complete checkpoint visible: to disk, renamed, then named by ``latest``.
+
+    Called by one rank, after all ranks have written. A checkpoint of the same iteration is
+    replaced.
+
+    Returns:
+        The iteration's directory.
+    """
+    _fsync_tree(tmp_dir)
+    final = root / iteration_name(iteration)
+    aside = _aside(root, final.name)
+    if final.exists():
+        _remove(aside)
+        final.rename(aside)
+    tmp_dir.rename(final)
+    _fsync(root)
+    unfinished = root / f".{LATEST_FILE}.tmp"
+    unfinished.write_text(final.name + "\n", encoding="utf-8")
+    _fsync(unfinished)
+    os.replace(unfinished, root / LATEST_FILE)
+    _fsync(root)
+    _remove(aside)
+    return final
+
+
+def prune(root: Path, keep: int) -> list[Path]:
+    """Delete the oldest checkpoints; called by one rank, after `publish`.
+
+    Args:
+        root: folder of the checkpoints.
+        keep: how many of the newest stay; 0 keeps all. The one that ``latest`` names always stays.
+
+    Returns:
+        What was deleted.
+    """
+    if keep == 0:
+        return []
+    current = resolve(root)
+    old = [each for each in iterations(root)[:-keep] if each != current]
+    for each in old:
+        _remove(each)
+    return old
+
+
+def _aside(root: Path, name: str) -> Path:
+    return root / f".{name}.replaced"
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory in such a way that no half of it can be taken for a checkpoint."""
+    if directory.exists():
+        (directory / MANIFEST_FILE).unlink(missing_ok=True)
+        shutil.rmtree(directory)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _fsync_tree(directory: Path) -> None:
+    for parent, _, files in os.walk(directory):
+        for name in files:
+            _fsync(Path(parent) / name)
+        _fsync(Path(parent))

@@ -1,0 +1,322 @@
+"""Tensors on disk: megatron-core's dist_checkpointing, written in this process.
+
+The files are those of megatron-core's `torch_dist` format and any megatron-core reads them. Only
+the writing differs: its own writer forks processes, starts a spawned manager to collect their
+results (seconds a rank, an orphan after a kill, a hang without psutil) and holds every tensor until
+the last is written. `StreamingSaveStrategy` writes one tensor after the other, in the calling
+process, and can take each from a function at the moment it is written.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+import io
+import os
+import pickle
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from mmlm.errors import CheckpointError, MmlmError
+
+TensorSource = Callable[[str], Tensor]
+"""Gives the tensor of a key, in the shape and dtype that were announced, when it is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """What the metadata of a checkpoint says about one tensor."""
+
+    shape: tuple[int, ...]
+    """True, global shape."""
+    dtype: torch.dtype
+    """Element type on disk."""
+
+
+def save_sharded(
+    sharded_state_dict: Mapping[str, Any],
+    directory: Path,
+    tensor_source: TensorSource | None = None,
+) -> None:
+    """Write a sharded state dict; collective, every rank of the default group must call it.
+
+    Args:
+        sharded_state_dict: as for `megatron.core.dist_checkpointing.save`. A ShardedTensor whose
+            data is on the meta device is fetched from `tensor_source` when its turn comes.
+        directory: a new or empty directory on a file system that all ranks share.
+        tensor_source: key -> tensor, for the meta tensors.
+
+    Raises:
+        CheckpointError: on all ranks, when writing failed on any of them.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    with _readable_errors(f"{directory}: the checkpoint could not be written"):
+        dist_checkpointing.save(
+            dict(sharded_state_dict),
+            str(directory),
+            sharded_strategy=StreamingSaveStrategy(tensor_source),
+        )
+
+
+def load_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+    """Read what a sharded state dict asks for; collective, every rank must call it.
+
+    Tensors that the checkpoint has and nobody asks for are left alone; those that are asked for
+    and missing, or of another global shape, are an error on all ranks.
+
+    Args:
+        sharded_state_dict: as for `megatron.core.dist_checkpointing.load`.
+        directory: one iteration's directory.
+
+    Returns:
+        The plain state dict, with the common (not sharded) entries of the checkpoint.
+
+    Raises:
+        CheckpointError: with the whole list of missing keys and differing shapes, or for a damaged
+            file.
+    """
+    stored = tensor_infos(directory)
+    _refuse_everywhere(directory, _mismatches(sharded_state_dict, stored))
+    with _readable_errors(f"{directory}: the checkpoint could not be read"):
+        loaded: dict[str, Any] = dist_checkpointing.load(dict(sharded_state_dict), str(directory))
+        return loaded
+
+
+def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
+    """Key -> shape and dtype of every tensor of a checkpoint; reads the metadata alone.
+
+    Raises:
+        CheckpointError: when the directory holds no complete checkpoint.
+    """
+    return {
+        name: TensorInfo(shape=tuple(entry.size), dtype=entry.properties.dtype)
+        for name, entry in _read_metadata(directory).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+class TensorReader:
+    """Reads single tensors of a checkpoint, whatever layout wrote it; not collective.
+
+    Only the tensor asked for is in memory, beside the largest piece it is stored in.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.infos = tensor_infos(directory)
+        """Key -> shape and dtype."""
+        self._reader = _CachedReader(directory)
+
+    def read(self, key: str) -> Tensor:
+        """Return the whole tensor of a key, in its stored dtype, on the CPU.
+
+        Raises:
+            CheckpointError: when the key is missing or its file is damaged.
+        """
+        if key not in self.infos:
+            raise CheckpointError(f"{self.directory}: there is no tensor '{key}'")
+        info = self.infos[key]
+        target = {key: torch.empty(info.shape, dtype=info.dtype)}
+        with (
+            _readable_errors(f"{self.directory}: tensor '{key}' could not be read"),
+            warnings.catch_warnings(),
+        ):
+            # torch says that a load without a process group is not distributed; it is meant so.
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(target, storage_reader=self._reader, no_dist=True)
+        return target[key]
+
+
+class _CachedReader(dcp.FileSystemReader):
+    """Unpickles the metadata once instead of once a tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)
+        return self._metadata
+
+
+class StreamingSaveStrategy(SaveShardedStrategy):
+    """Writes megatron-core's `torch_dist` format synchronously, one tensor after the other."""
+
+    def __init__(self, tensor_source: TensorSource | None = None) -> None:
+        super().__init__("torch_dist", 1)
+        self._tensor_source = tensor_source
+
+    @property
+    def can_handle_sharded_objects(self) -> bool:
+        """ShardedObjects are written like tensors, as megatron-core's own strategy does."""
+        return True
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
+        """Write this rank's main replicas; collective."""
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            mcore_to_pyt_state_dict(by_key, False),
+            storage_writer=_StreamingWriter(checkpoint_dir),
+            planner=_LazyPlanner(self._tensor_source),
+        )
+
+
+class _LazyPlanner(MCoreSavePlanner):
+    """Replaces meta tensors by what the source gives, at the moment they are written."""
+
+    def __init__(self, tensor_source: TensorSource | None) -> None:
+        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
+        self._tensor_source = tensor_source
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        data = super().resolve_data(write_item)
+        if not (isinstance(data, Tensor) and data.is_meta):
+            return data
+        key = write_item.index.fqn
+        assert self._tensor_source is not None, f"{key} has no data and there is no source for it"
+        tensor = self._tensor_source(key)
+        assert tensor.shape == data.shape, (key, tensor.shape, data.shape)
+        assert tensor.dtype == data.dtype, (key, tensor.dtype, data.dtype)
+        return tensor
+
+
+class _StreamingWriter(dcp.FileSystemWriter):
+    """One file a rank, holding one tensor at a time (torch's keeps all of them until the end)."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        if plan.items:
+            name = f"{plan.storage_data.prefix}0.distcp"
+            with open(Path(self.path) / name, "wb") as stream:
+                for item in plan.items:
+                    start = stream.tell()
+                    _write(stream, item, planner)
+                    length = stream.tell() - start
+                    place = _StorageInfo(name, start, length)
+                    results.append(WriteResult(item.index, length, place))
+                stream.flush()
+                os.fsync(stream.fileno())
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
+
+
+def _write(stream: io.BufferedWriter, item: WriteItem, planner: SavePlanner) -> None:
+    data = planner.resolve_data(item)
+    if item.type == WriteItemType.BYTE_IO:
+        stream.write(data.getbuffer())
+        return
+    tensor = data.detach().to("cpu")
+    if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
+        tensor = tensor.clone()  # torch.save would write the whole storage behind a view
+    torch.save(tensor, stream)
+
+
+@contextmanager
+def process_group_of_one() -> Iterator[None]:
+    """Make sure of a default process group with this process alone; megatron-core asks for one.
+
+    Raises:
+        CheckpointError: when a group of several ranks exists: this is work for one process.
+    """
+    if dist.is_initialized():
+        if dist.get_world_size() != 1:
+            raise CheckpointError(
+                f"conversion runs in one process, but there are {dist.get_world_size()} ranks: "
+                "start it without torchrun"
+            )
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _read_metadata(directory: Path) -> Metadata:
+    # metadata.json is written last: without it the save did not finish.
+    for name in ("metadata.json", ".metadata"):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory}: not a complete checkpoint, {name} is missing; "
+                "give an iteration's directory or the folder that holds `latest`"
+            )
+    try:
+        return dcp.FileSystemReader(directory).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{directory / '.metadata'}: damaged: {error}") from error
+
+
+def _mismatches(sharded_state_dict: Mapping[str, Any], stored: dict[str, TensorInfo]) -> list[str]:
+    wanted, _, _ = load_preprocess(dict(sharded_state_dict))
+    problems = []
+    for tensor in nested_values(wanted):
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        if tensor.key not in stored:
+            problems.append(f"missing '{tensor.key}' {list(tensor.global_shape)}")
+        elif not tensor.allow_shape_mismatch and stored[tensor.key].shape != tensor.global_shape:
+            problems.append(
+                f"'{tensor.key}' is {list(stored[tensor.key].shape)} in the checkpoint and "
+                f"{list(tensor.global_shape)} in the model"
+            )
+    return problems
+
+
+def _refuse_everywhere(directory: Path, problems: list[str]) -> None:
+    """Raise on all ranks when any of them found problems, so that none is left waiting."""
+    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, problems)
+    everything = sorted({problem for of_rank in gathered for problem in of_rank})
+    if everything:
+        raise CheckpointError(
+            f"{directory}: does not fit the model, {len(everything)} tensors:\n  "
+            + "\n  ".join(everything)
+        )
+
+
+@contextmanager
+def _readable_errors(what: str) -> Iterator[None]:
+    """Turn torch's and megatron-core's checkpoint errors into a CheckpointError."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        # {rank: (exception, traceback)}; torch's class is no Exception and swallows Ctrl-C.
+        causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, KeyboardInterrupt):
+                raise cause from None
+            if isinstance(cause, MmlmError):
+                raise CheckpointError(str(cause)) from error
+        ranks = ", ".join(f"rank {rank}: {_one_line(cause)}" for rank, (cause, _) in sorted(
+            error.failures.items()))
+        raise CheckpointError(f"{what}: {ranks}") from error
+    except (CheckpointingException, OSError) as error:
+        raise CheckpointError(f"{what}: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
