@@ -9,15 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from mmlm.config.schema import ParallelConfig
 from mmlm.errors import ConfigError
 from mmlm.parallel import cpu_backend
-
-cpu_backend.install()
-
-from megatron.core import parallel_state  # noqa: E402  (after the CPU substitutions)
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 
 @dataclass(frozen=True, kw_only=True)
