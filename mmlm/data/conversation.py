@@ -1,0 +1,129 @@
+"""The Hermes-2 (ChatML) template: from turns to text, and which of the text is supervised.
+
+The system turn is ``<|im_start|>system\\n{system}<|im_end|>``; each pair of turns follows as
+``<|im_start|>user\\n{question}<|im_end|><|im_start|>assistant\\n{answer}<|im_end|>``. Nothing stands
+between or after them: no newline, no BOS, no end-of-text. Text is never stripped.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mmlm.data.annotation import Turn
+from mmlm.data.rejection import Reason, Rejection
+
+SYSTEM_MESSAGE = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
+    "是一个有用无害的人工智能助手。"
+)
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+IMG_START = "<img>"
+IMG_END = "</img>"
+IMG_CONTEXT = "<IMG_CONTEXT>"
+IMAGE_PLACEHOLDER = "<image>"
+ASSISTANT_HEADER = f"{IM_START}assistant\n"
+
+
+class Piece(NamedTuple):
+    """A stretch of the prompt."""
+
+    text: str
+    """What stands there."""
+    supervised: bool
+    """Whether the model is trained to say it."""
+
+
+def render(
+    turns: Sequence[Turn],
+    *,
+    num_images: int,
+    embeddings_per_image: int,
+    system_message: str = SYSTEM_MESSAGE,
+) -> tuple[Piece, ...] | Rejection:
+    """Write a conversation in the Hermes-2 template.
+
+    A first turn that is not from ``human`` is dropped. With images, ``<image>\\n`` goes before the
+    first remaining turn unless it has an ``<image>``; then the first ``num_images`` placeholders of
+    the whole prompt become image blocks, and further ones stay as text.
+
+    Args:
+        turns: the conversation.
+        num_images: pictures of the sample.
+        embeddings_per_image: vectors, hence ``<IMG_CONTEXT>`` tokens, of a picture.
+        system_message: text of the system turn.
+
+    Returns:
+        Three pieces for each pair of turns: everything before the assistant, its header, and its
+        answer with ``<|im_end|>`` (supervised); or the rule that the conversation breaks.
+    """
+    if turns and turns[0].role != "human":
+        turns = turns[1:]
+    rejection = _check(turns)
+    if rejection is not None:
+        return rejection
+    texts = [turn.text for turn in turns]
+    if num_images and IMAGE_PLACEHOLDER not in texts[0]:
+        texts[0] = f"{IMAGE_PLACEHOLDER}\n{texts[0]}"
+    for number, text in enumerate(texts):
+        if not text:
+            return Rejection(
+                reason=Reason.EMPTY_TURN,
+                detail=f"turn {number} ({turns[number].role}) has no text; remove the pair",
+            )
+    pieces = []
+    before = f"{IM_START}system\n{system_message}{IM_END}"
+    for question, answer in zip(texts[::2], texts[1::2], strict=True):
+        pieces += [
+            Piece(f"{before}{IM_START}user\n{question}{IM_END}", False),
+            Piece(ASSISTANT_HEADER, False),
+            Piece(f"{answer}{IM_END}", True),
+        ]
+        before = ""
+    return _insert_images(pieces, num_images, embeddings_per_image)
+
+
+def _check(turns: Sequence[Turn]) -> Rejection | None:
+    for number, turn in enumerate(turns):
+        expected = ("human", "gpt")[number % 2]
+        if turn.role != expected:
+            return Rejection(
+                reason=Reason.ROLES_DO_NOT_ALTERNATE,
+                detail=f"turn {number} is from '{turn.role}' where '{expected}' must speak (a "
+                "first turn not from 'human' is dropped); human and gpt must alternate",
+            )
+        for literal, reason in (
+            (IM_END, Reason.LITERAL_IM_END),
+            (IMG_CONTEXT, Reason.LITERAL_IMG_CONTEXT),
+        ):
+            if literal in turn.text:
+                return Rejection(
+                    reason=reason,
+                    detail=f"turn {number} ({turn.role}) contains the literal {literal}, which is "
+                    "reserved for the template; rewrite the text",
+                )
+    if len(turns) % 2 or not turns:
+        return Rejection(
+            reason=Reason.ODD_TURNS,
+            detail=f"{len(turns)} turns; every question needs an answer, remove or complete them",
+        )
+    return None
+
+
+def _insert_images(
+    pieces: Sequence[Piece], num_images: int, embeddings_per_image: int
+) -> tuple[Piece, ...] | Rejection:
+    num_placeholders = sum(piece.text.count(IMAGE_PLACEHOLDER) for piece in pieces)
+    if num_placeholders < num_images:
+        return Rejection(
+            reason=Reason.IMAGE_COUNT,
+            detail=f"{num_images} images but {num_placeholders} {IMAGE_PLACEHOLDER} in the "
+            "conversation; every image needs its own placeholder",
+        )
+    block = f"{IMG_START}{IMG_CONTEXT * embeddings_per_image}{IMG_END}"
+    result, left = [], num_images
+    for piece in pieces:
+        here = min(left, piece.text.count(IMAGE_PLACEHOLDER))
+        # str.replace takes a negative count as "all", so 0 must stay 0.
+        result.append(Piece(piece.text.replace(IMAGE_PLACEHOLDER, block, here), piece.supervised))
+        left -= here
+    return tuple(result)

@@ -1,0 +1,92 @@
+"""Pictures: open, squash to a square, normalise.
+
+``Image.open(path).convert("RGB")`` (alpha dropped, first frame, EXIF orientation ignored), resize
+to S x S with PIL's bicubic filter, / 255, ImageNet mean and standard deviation, float32.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from mmlm.errors import DataError
+
+FloatArray = npt.NDArray[np.float32]
+
+# Mean and deviation that InternViT was trained with (ImageNet), one a channel.
+IMAGE_MEAN = np.array([0.485, 0.456, 0.406], dtype=np.float32)
+IMAGE_STD = np.array([0.229, 0.224, 0.225], dtype=np.float32)
+
+_JPEG_QUALITIES = (75, 100)
+
+
+def load_image(path: Path) -> Image.Image:
+    """Decode a picture as RGB.
+
+    Raises:
+        DataError: missing, not a picture, truncated, or larger than Pillow's bomb limit.
+    """
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise a dozen types on broken bytes
+        raise DataError(_message(path, error)) from error
+
+
+def verify_image(path: Path) -> None:
+    """Decode a picture completely and forget it.
+
+    Raises:
+        DataError: as `load_image`.
+    """
+    try:
+        with Image.open(path) as image:
+            # JPEG only: reads every byte, but skips most of the arithmetic.
+            image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
+            image.load()
+    except Exception as error:  # as above
+        raise DataError(_message(path, error)) from error
+
+
+def preprocess(image: Image.Image, image_size: int) -> FloatArray:
+    """Turn an RGB picture into the vision tower's input.
+
+    Args:
+        image: mode RGB, any size.
+        image_size: S, pixels.
+
+    Returns:
+        float32 [3, S, S].
+    """
+    resized = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(resized, dtype=np.float32) / np.float32(255)  # [S, S, 3]
+    return np.ascontiguousarray(((pixels - IMAGE_MEAN) / IMAGE_STD).transpose(2, 0, 1))
+
+
+def augment(image: Image.Image, *, seed: int, sample_id: int, slot: int, epoch: int) -> Image.Image:
+    """Re-encode as JPEG with a quality that is uniform in 75 to 100.
+
+    The quality is a pure function of the arguments, so it survives resuming and other layouts.
+
+    Args:
+        image: mode RGB.
+        seed: seed of the run.
+        sample_id: global index of the sample.
+        slot: which of the sample's pictures.
+        epoch: from 0.
+    """
+    generator = np.random.default_rng((seed, epoch, sample_id, slot))
+    low, high = _JPEG_QUALITIES
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=int(generator.integers(low, high, endpoint=True)))
+    return Image.open(buffer).convert("RGB")
+
+
+def _message(path: Path, error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: the image does not exist; check the set's root and the record's 'image'"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{path}: the image is too large ({error}); shrink it"
+    return f"{path}: the image does not decode ({error}); replace or remove it"

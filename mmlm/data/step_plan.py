@@ -1,0 +1,314 @@
+"""What an iteration trains on, as a pure function of numbers and the iteration.
+
+A global batch is a number of samples. Each epoch has its own permutation; its last batch is
+completed from the start of the epoch. Nothing is remembered between calls, so a run resumes exactly
+under any layout, data-parallel size and number of workers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+
+from mmlm.config.schema import LossWeight
+from mmlm.data.annotation import IntArray
+from mmlm.data.packing import PackingCost, pack
+
+Row = tuple[int, ...]
+Microbatch = tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SampleTable:
+    """Sizes of all samples; the columns are indexed by sample id."""
+
+    num_tokens: IntArray
+    """int64 [samples]: tokens after the cut."""
+    num_images: IntArray
+    """int64 [samples]: pictures after the cut."""
+    num_supervised_tokens: IntArray
+    """int64 [samples]: labels that are trained on."""
+    usable: IntArray
+    """int64 [usable samples], ascending: ids of the samples that break no rule."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """The samples of one iteration and where each goes."""
+
+    iteration: int
+    """From 0."""
+    epoch: int
+    """From 0."""
+    microbatches: tuple[tuple[Microbatch, ...], ...]
+    """``[data-parallel rank][microbatch]`` = rows; a row is a tuple of sample ids."""
+    token_weights: Mapping[int, float] = field(repr=False)
+    """Sample id to the final weight of each of its supervised tokens."""
+    num_samples: int
+    """Samples of the global batch."""
+    num_tokens: int
+    """Their tokens, images' places included."""
+    num_supervised_tokens: int
+    """Their labels."""
+    num_images: int
+    """Their pictures."""
+    seq_length: int
+    """Tokens that a row can hold."""
+
+    def token_weight(self, sample_id: int) -> float:
+        """Return the weight of each supervised token of a sample; the loss is a plain sum."""
+        return self.token_weights[sample_id]
+
+    @property
+    def num_microbatches(self) -> int:
+        """Microbatches of every data-parallel rank."""
+        return len(self.microbatches[0])
+
+    @property
+    def num_rows(self) -> int:
+        """Packs of the iteration."""
+        return sum(len(rows) for rank in self.microbatches for rows in rank)
+
+    @property
+    def pack_fill(self) -> float:
+        """Share of the rows' room that holds tokens of samples."""
+        return self.num_tokens / (self.num_rows * self.seq_length)
+
+
+class Planner(Protocol):
+    """Anything that says what an iteration contains."""
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainPlanner:
+    """Plans of a training run."""
+
+    table: SampleTable
+    """Sizes of all samples."""
+    seed: int
+    """Seed of the order."""
+    global_batch_size: int
+    """Samples of an iteration."""
+    seq_length: int
+    """Tokens of a row."""
+    micro_batch_size: int
+    """Rows of a microbatch."""
+    data_parallel_size: int
+    """Ranks that share the batch."""
+    loss_weight: LossWeight = "token"
+    """How the tokens of the global batch are weighed."""
+    cost: PackingCost = field(default_factory=PackingCost)
+    """What levelling evens out."""
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Iterations that see every usable sample at least once."""
+        return iterations_per_epoch(len(self.table.usable), self.global_batch_size)
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0)."""
+        return step_plan(
+            self.table,
+            seed=self.seed,
+            iteration=iteration,
+            global_batch_size=self.global_batch_size,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            loss_weight=self.loss_weight,
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationPlanner:
+    """Plans of a pass over all samples in order, each once; the last batch may be short.
+
+    Every supervised token weighs 1 / (supervised tokens of all samples), so that the sum over all
+    iterations is the token mean of the whole split.
+    """
+
+    table: SampleTable
+    """Sizes of all samples."""
+    global_batch_size: int
+    """Samples of an iteration."""
+    seq_length: int
+    """Tokens of a row."""
+    micro_batch_size: int
+    """Rows of a microbatch."""
+    data_parallel_size: int
+    """Ranks that share the batch."""
+    cost: PackingCost = field(default_factory=PackingCost)
+    """What levelling evens out."""
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of one pass."""
+        return iterations_per_epoch(len(self.table.usable), self.global_batch_size)
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0, below `num_iterations`)."""
+        start = iteration * self.global_batch_size
+        usable = self.table.usable
+        total = int(self.table.num_supervised_tokens[usable].sum())
+        sample_ids = usable[start : start + self.global_batch_size]
+        return _assemble(
+            self.table,
+            sample_ids,
+            dict.fromkeys(sample_ids.tolist(), 1.0 / total),
+            iteration=iteration,
+            epoch=0,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            cost=self.cost,
+        )
+
+
+def iterations_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Return the iterations of an epoch; a short last batch counts."""
+    return -(-num_samples // global_batch_size)
+
+
+def consumed_samples(iteration: int, global_batch_size: int) -> int:
+    """Return how many samples were trained on before ``iteration`` (completed batches are full)."""
+    return iteration * global_batch_size
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_samples: int, seed: int, epoch: int) -> IntArray:
+    """Return the order of an epoch: a permutation of ``range(num_samples)``, int64.
+
+    Raw generator words are sorted, because numpy promises those, and not its shuffles, to stay the
+    same from version to version.
+    """
+    words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(num_samples)
+    order = np.argsort(words, kind="stable").astype(np.int64, copy=False)
+    order.setflags(write=False)
+    return order
+
+
+def samples_of(
+    num_samples: int, *, seed: int, iteration: int, global_batch_size: int
+) -> tuple[int, IntArray]:
+    """Return the epoch of an iteration and which samples (from 0 to ``num_samples``) it takes."""
+    epoch, step = divmod(iteration, iterations_per_epoch(num_samples, global_batch_size))
+    order = epoch_order(num_samples, seed, epoch)
+    places = (step * global_batch_size + np.arange(global_batch_size)) % num_samples
+    return epoch, order[places]
+
+
+def token_weights(
+    sample_ids: IntArray, num_supervised_tokens: IntArray, loss_weight: LossWeight
+) -> dict[int, float]:
+    """Return the final weight of each supervised token, by sample.
+
+    With n_i supervised tokens in sample i of N: ``token`` 1 / sum n_j; ``sample`` 1 / (N n_i);
+    ``square`` (1 / sqrt(n_i)) / sum sqrt(n_j). The weights of all tokens sum to 1.
+
+    Args:
+        sample_ids: samples of the global batch; one that appears twice counts twice.
+        num_supervised_tokens: n_i, in the same order.
+        loss_weight: which of the three.
+    """
+    counts = [int(count) for count in num_supervised_tokens]
+    if loss_weight == "token":
+        total = sum(counts)
+        weights = [1.0 / total for _ in counts]
+    elif loss_weight == "sample":
+        weights = [1.0 / (len(counts) * count) for count in counts]
+    else:
+        total_root = math.fsum(math.sqrt(count) for count in counts)
+        weights = [1.0 / (math.sqrt(count) * total_root) for count in counts]
+    return dict(zip(sample_ids.tolist(), weights, strict=True))
+
+
+def step_plan(
+    table: SampleTable,
+    *,
+    seed: int,
+    iteration: int,
+    global_batch_size: int,
+    seq_length: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    loss_weight: LossWeight = "token",
+    cost: PackingCost | None = None,
+) -> StepPlan:
+    """Plan one training iteration.
+
+    Args:
+        table: sizes of all samples.
+        seed: seed of the order.
+        iteration: from 0.
+        global_batch_size: samples of the iteration.
+        seq_length: tokens of a row.
+        micro_batch_size: rows of a microbatch.
+        data_parallel_size: ranks that share the batch.
+        loss_weight: how the tokens of the global batch are weighed.
+        cost: what levelling evens out.
+
+    Returns:
+        The plan; the same on every rank.
+    """
+    epoch, places = samples_of(
+        len(table.usable), seed=seed, iteration=iteration, global_batch_size=global_batch_size
+    )
+    sample_ids = table.usable[places]
+    weights = token_weights(sample_ids, table.num_supervised_tokens[sample_ids], loss_weight)
+    return _assemble(
+        table,
+        sample_ids,
+        weights,
+        iteration=iteration,
+        epoch=epoch,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+        cost=cost or PackingCost(),
+    )
+
+
+def _assemble(
+    table: SampleTable,
+    sample_ids: IntArray,
+    weights: Mapping[int, float],
+    *,
+    iteration: int,
+    epoch: int,
+    seq_length: int,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    cost: PackingCost,
+) -> StepPlan:
+    lengths = table.num_tokens[sample_ids].tolist()
+    images = table.num_images[sample_ids].tolist()
+    packs = pack(
+        lengths,
+        [cost.of(tokens, count) for tokens, count in zip(lengths, images, strict=True)],
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        data_parallel_size=data_parallel_size,
+    )
+    ids = sample_ids.tolist()
+    return StepPlan(
+        iteration=iteration,
+        epoch=epoch,
+        microbatches=tuple(
+            tuple(tuple(tuple(ids[item] for item in row) for row in rows) for rows in rank)
+            for rank in packs
+        ),
+        token_weights=weights,
+        num_samples=len(ids),
+        num_tokens=sum(lengths),
+        num_supervised_tokens=int(table.num_supervised_tokens[sample_ids].sum()),
+        num_images=sum(images),
+        seq_length=seq_length,
+    )
