@@ -1,8 +1,8 @@
 """The Hermes-2 (ChatML) template: from turns to text, and which of the text is supervised.
 
 The system turn is ``<|im_start|>system\\n{system}<|im_end|>``; each pair of turns follows as
-``<|im_start|>user\\n{question}<|im_end|><|im_start|>assistant\\n{answer}<|im_end|>``. Nothing stands
-between or after them: no newline, no BOS, no end-of-text. Text is never stripped.
+``<|im_start|>user\\n{question}<|im_end|><|im_start|>assistant\\n{answer}<|im_end|>``. There is
+no newline between or after them, no BOS and no end-of-text. Text is never stripped.
 """
 
 from collections.abc import Sequence

@@ -1,0 +1,108 @@
+"""Who says what an iteration contains: a training run, or one pass over a held-out split."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from mmlm.config.schema import LossWeight
+from mmlm.data.packing import PackingCost
+from mmlm.data.step_plan import (
+    SampleTable,
+    StepPlan,
+    assemble,
+    iterations_per_epoch,
+    step_plan,
+)
+
+
+class Planner(Protocol):
+    """Anything that says what an iteration contains."""
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0)."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainPlanner:
+    """Plans of a training run."""
+
+    table: SampleTable
+    """Sizes of all samples."""
+    seed: int
+    """Seed of the order."""
+    global_batch_size: int
+    """Samples of an iteration."""
+    seq_length: int
+    """Tokens of a row."""
+    micro_batch_size: int
+    """Rows of a microbatch."""
+    data_parallel_size: int
+    """Ranks that share the batch."""
+    loss_weight: LossWeight = "token"
+    """How the tokens of the global batch are weighed."""
+    cost: PackingCost = field(default_factory=PackingCost)
+    """What levelling evens out."""
+
+    @property
+    def iterations_per_epoch(self) -> int:
+        """Iterations that see every usable sample at least once."""
+        return iterations_per_epoch(len(self.table.usable), self.global_batch_size)
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0)."""
+        return step_plan(
+            self.table,
+            seed=self.seed,
+            iteration=iteration,
+            global_batch_size=self.global_batch_size,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            loss_weight=self.loss_weight,
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EvaluationPlanner:
+    """Plans of a pass over all samples in order, each once; the last batch may be short.
+
+    Every supervised token weighs 1 / (supervised tokens of all samples), so that the sum over all
+    iterations is the token mean of the whole split.
+    """
+
+    table: SampleTable
+    """Sizes of all samples."""
+    global_batch_size: int
+    """Samples of an iteration."""
+    seq_length: int
+    """Tokens of a row."""
+    micro_batch_size: int
+    """Rows of a microbatch."""
+    data_parallel_size: int
+    """Ranks that share the batch."""
+    cost: PackingCost = field(default_factory=PackingCost)
+    """What levelling evens out."""
+
+    @property
+    def num_iterations(self) -> int:
+        """Iterations of one pass."""
+        return iterations_per_epoch(len(self.table.usable), self.global_batch_size)
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0, below `num_iterations`)."""
+        start = iteration * self.global_batch_size
+        usable = self.table.usable
+        total = int(self.table.num_supervised_tokens[usable].sum())
+        sample_ids = usable[start : start + self.global_batch_size]
+        return assemble(
+            self.table,
+            sample_ids,
+            dict.fromkeys(sample_ids.tolist(), 1.0 / total),
+            iteration=iteration,
+            epoch=0,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
+            cost=self.cost,
+        )
