@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the virtual environment of this repository once, and activates it. `--help` below says how.
-#
+# Makes the virtual environment of this repository once, and activates it.
+# `--help` says how.
 # Sourced, this file runs itself in a shell of its own (so that neither its options nor its names
 # reach the caller), then activates what that shell made.
 
