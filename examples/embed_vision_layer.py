@@ -1,7 +1,7 @@
 """One InternViT layer of mmlm inside somebody else's program, on any number of TP ranks.
 
-``python examples/embed_vision_layer.py`` or ``torchrun --nproc-per-node 2 ...``: 5 heads do not
-divide by 2, and the output is the same. Nothing here needs the trainer.
+``python examples/embed_vision_layer.py`` or, with TP 2, ``torchrun --nproc-per-node 2 ...``: 5 heads
+do not divide by 2, so each rank gets 3 slots and one of the 6 is padding. No trainer is involved.
 """
 
 import os
