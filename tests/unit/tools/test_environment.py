@@ -26,6 +26,7 @@ case "$1 ${2:-}" in
 "-c import ensurepip"*) [[ -z "${FAKE_NO_VENV:-}" ]] ;;
 "-c import torch"*) echo "${FAKE_CUDA_TORCH:-}" ;;
 "- "*) echo "torch==$3" ;;
+"-I -") [[ -n "${FAKE_HAS_ALL:-}" ]] ;;
 "--version "*) echo "Python 3.11.0" ;;
 "-m venv")
     venv="${@: -1}"
@@ -184,6 +185,23 @@ def test_interpreter_that_does_not_fit(
     result = sandbox.run(**variables)
     assert result.returncode == 1
     assert message in result.stderr
+
+
+def test_active_environment_that_has_everything_is_used(sandbox: Sandbox) -> None:
+    active = sandbox.root / "active"
+    sandbox.bash(f"'{sandbox.root}/python' -m venv '{active}'")
+    sandbox.calls()
+    result = sandbox.run("dev", VIRTUAL_ENV=str(active), FAKE_HAS_ALL="1")
+    assert (result.returncode, result.stdout) == (0, f"{active}\n")
+    assert sandbox.calls() == []
+
+
+def test_active_environment_that_lacks_something_is_left_alone(sandbox: Sandbox) -> None:
+    active = sandbox.root / "active"
+    sandbox.bash(f"'{sandbox.root}/python' -m venv '{active}'")
+    result = sandbox.run(VIRTUAL_ENV=str(active))
+    assert (result.returncode, result.stdout) == (0, f"{sandbox.venv}\n")
+    assert f"the active {active} has not all of mmlm's dependencies" in result.stderr
 
 
 def test_unknown_word_is_refused(sandbox: Sandbox) -> None:
