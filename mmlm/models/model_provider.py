@@ -1,0 +1,161 @@
+"""Build the stage's model for a run, give it weights, describe it."""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factories
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from mmlm.config.schema import ModelConfig, TrainConfig
+from mmlm.errors import ConfigError
+from mmlm.models.internvl_model import InternVLModel
+from mmlm.models.transformer_config import make_transformer_configs
+from mmlm.parallel.backend import Backend
+from mmlm.parallel.stage_plan import StagePlan
+from mmlm.parallel.topology import Topology
+
+PARTS = ("vision_model", "vision_projection", "language_model")
+
+
+def build_model(
+    model: ModelConfig, plan: StagePlan, topology: Topology, backend: Backend, train: TrainConfig
+) -> InternVLModel:
+    """Build this rank's chunk with all parameters zero and frozen parts marked.
+
+    Args:
+        model: sizes.
+        plan: where the layers are cut.
+        topology: this rank's place.
+        backend: which implementations.
+        train: precision, drop path and what is frozen.
+
+    Returns:
+        The chunk on the topology's device; `initialize_weights` or a checkpoint fills it.
+
+    Raises:
+        ConfigError: if TP does not divide the decoder's heads or groups or a width.
+    """
+    _check_divides(model, topology.tp_size)
+    configs = make_transformer_configs(
+        model,
+        plan,
+        tp_size=topology.tp_size,
+        pp_size=topology.pp_size,
+        dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
+    )
+    chunk = InternVLModel(
+        configs,
+        model,
+        plan.chunks[topology.pp_rank],
+        backend,
+        max_drop_path_rate=train.vision_drop_path_rate,
+        pg_collection=topology.groups,
+    ).to(topology.device)
+    with torch.no_grad():
+        for parameter in chunk.parameters():
+            parameter.zero_()
+    for part in PARTS:
+        module = getattr(chunk, part)
+        if module is not None and getattr(train, f"freeze_{part}"):
+            module.requires_grad_(False)
+    return chunk
+
+
+def _check_divides(model: ModelConfig, tp_size: int) -> None:
+    language, vision = model.language, model.vision
+    sizes = {
+        "language.num_attention_heads": language.num_attention_heads,
+        "language.num_query_groups": language.num_query_groups,
+        "language.ffn_hidden_size": language.ffn_hidden_size,
+        "language.hidden_size (projection)": language.hidden_size,
+        "vision.ffn_hidden_size": vision.ffn_hidden_size,
+    }
+    broken = [f"{name} {size}" for name, size in sizes.items() if size % tp_size]
+    if broken:
+        raise ConfigError(
+            f"tensor_model_parallel_size {tp_size} does not divide {', '.join(broken)}; choose a "
+            "TP size that does (vision heads need not divide: they are padded)"
+        )
+
+
+def model_state(
+    chunk: InternVLModel, groups: ProcessGroupCollection, prefix: str = "model."
+) -> ShardedStateDict:
+    """Describe every parameter of the chunk under its global name and true shape.
+
+    Args:
+        chunk: this rank's model, not wrapped.
+        groups: its process groups.
+        prefix: put before every name.
+
+    Returns:
+        Local name -> ``ShardedTensor`` or factory whose data is the parameter itself.
+    """
+    state = chunk.sharded_state_dict(prefix=prefix, metadata=sharding_metadata(groups))
+    # transformer-engine adds (empty) fp8 state, which other backends do not have
+    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def sharding_metadata(groups: ProcessGroupCollection) -> dict:
+    """What megatron-core's ``sharded_state_dict`` methods want to be told."""
+    return {
+        "dp_cp_group": groups.dp_cp,
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+@torch.no_grad()
+def fill_weights(
+    chunk: InternVLModel,
+    groups: ProcessGroupCollection,
+    tensor: Callable[[str, tuple[int, ...]], torch.Tensor],
+) -> None:
+    """Copy into every parameter its block of a global tensor.
+
+    Args:
+        chunk: this rank's model.
+        groups: its process groups.
+        tensor: from a global name and the true global shape to the whole tensor (any device).
+    """
+    state = model_state(chunk, groups, prefix="")
+    apply_factories(state)
+    for shard in nested_values(state):
+        if isinstance(shard, ShardedTensor):
+            whole = tensor(shard.key, shard.global_shape)
+            shard.data.copy_(whole[shard.global_slice()])
+
+
+def initialize_weights(
+    chunk: InternVLModel, groups: ProcessGroupCollection, seed: int, std: float = 0.02
+) -> None:
+    """Give the chunk fresh weights that depend on names and seed only, so not on the layout.
+
+    Matrices and embeddings are N(0, std), norms 1, biases 0, LayerScale 0.1 (the initial value of
+    the published tower).
+
+    Args:
+        chunk: this rank's model.
+        groups: its process groups.
+        seed: of the run.
+        std: standard deviation of matrices.
+    """
+
+    def fresh(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf in ("attention_scale", "mlp_scale"):
+            return torch.full(shape, 0.1)
+        if leaf == "bias":
+            return torch.zeros(shape)
+        if len(shape) == 1:
+            return torch.ones(shape)
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.randn(shape, generator=generator) * std
+
+    fill_weights(chunk, groups, fresh)

@@ -1,0 +1,75 @@
+"""The gradients of an iteration as whole tensors under global names, whatever the layout."""
+
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from mmlm.models.model_provider import model_state
+from mmlm.parallel.topology import Topology
+
+
+def gather_gradients(model: DistributedDataParallel, topology: Topology) -> dict[str, Tensor]:
+    """Assemble every trainable parameter's gradient on rank 0; collective.
+
+    Call after the schedule has finalized the gradients and before the optimizer step.
+
+    Args:
+        model: the wrapped chunk.
+        topology: this rank's place.
+
+    Returns:
+        On rank 0 global name -> fp32 tensor in its true shape; empty on the others.
+    """
+    _gather_shards(model)
+    state = model_state(model.module, topology.groups, prefix="")
+    described = {
+        name: replace(entry, data=entry.data.main_grad)
+        if not isinstance(entry, ShardedTensor)
+        else replace(entry, data=entry.data.main_grad, dtype=entry.data.main_grad.dtype)
+        for name, entry in state.items()
+        if entry.data.requires_grad
+    }
+    apply_factories(described)
+    return gather_tensors(
+        [
+            shard
+            for shard in nested_values(described)
+            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
+        ]
+    )
+
+
+def gather_tensors(shards: list[ShardedTensor]) -> dict[str, Tensor]:
+    """Assemble blocks of global tensors on rank 0; collective.
+
+    Args:
+        shards: this rank's blocks; together the ranks hold every element once.
+
+    Returns:
+        On rank 0 key -> whole tensor on the CPU; empty on the others.
+    """
+    blocks = [
+        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().cpu().clone())
+        for shard in shards
+    ]
+    everything: list[list] = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(blocks, everything if dist.get_rank() == 0 else None, dst=0)
+    whole: dict[str, Tensor] = {}
+    for key, shape, place, block in (item for of_rank in everything for item in of_rank):
+        whole.setdefault(key, torch.full(shape, float("nan"), dtype=block.dtype))[place] = block
+    return whole
+
+
+def _gather_shards(model: DistributedDataParallel) -> None:
+    """Undo the reduce-scatter: every DP rank gets the whole summed gradient buffer."""
+    for buffer in model.buffers:
+        group = buffer.data_parallel_group
+        for bucket in buffer.buckets:
+            shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, shard, group=group)

@@ -1,0 +1,151 @@
+"""DDP, AdamW over its shards, and the schedule of the learning rate: all megatron-core's."""
+
+import math
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
+from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from mmlm.config.schema import OptimizerConfig
+from mmlm.models.internvl_model import InternVLModel
+from mmlm.parallel.topology import Topology
+
+
+def wrap_ddp(chunk: InternVLModel, topology: Topology) -> DistributedDataParallel:
+    """Give the chunk fp32 gradient buffers that are summed (never averaged) over the DP ranks.
+
+    Every token carries its final weight, so gradients are plain sums over microbatches and ranks:
+    megatron-core is told not to divide by a token count.
+    """
+    config = chunk.config
+    config.finalize_model_grads_func = _sum_gradients
+    return DistributedDataParallel(
+        config=config,
+        ddp_config=DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, use_distributed_optimizer=True
+        ),
+        module=chunk,
+        pg_collection=topology.groups,
+    )
+
+
+def _sum_gradients(
+    model: list[torch.nn.Module], num_tokens: torch.Tensor | None, **kwargs: object
+) -> None:
+    finalize_model_grads(model, None, **kwargs)
+
+
+def make_optimizer(
+    model: DistributedDataParallel, optimizer: OptimizerConfig, dtype: torch.dtype
+) -> MegatronOptimizer:
+    """Build megatron-core's distributed optimizer; collective.
+
+    Args:
+        model: the wrapped chunk.
+        optimizer: settings.
+        dtype: of the weights; main weights and Adam moments are fp32.
+
+    Returns:
+        The optimizer; on a rank whose parts are all frozen it holds no parameters.
+    """
+    config = MegatronOptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.min_lr,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.adam_beta1,
+        adam_beta2=optimizer.adam_beta2,
+        adam_eps=optimizer.adam_eps,
+        clip_grad=optimizer.clip_grad,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=True,
+    )
+    no_decay = ParamKey(
+        with_name_predicate=ParamWithNamePredicate(
+            name=f"no_decay_{optimizer.decay}",
+            fn=lambda parameter, name: not decays(
+                optimizer.decay, name.removeprefix("module."), parameter.dim()
+            ),
+        )
+    )
+    return get_megatron_optimizer(
+        config,
+        [model],
+        config_overrides={no_decay: {"wd_mult": 0.0}},
+        use_gloo_process_groups=False,
+    )
+
+
+def decays(rule: str, name: str, num_dims: int) -> bool:
+    """Whether weight decay applies to a parameter.
+
+    ``all`` is what the published run did (DeepSpeed built one group). ``matrices_only`` is the
+    usual rule. ``huggingface`` is what ``transformers.Trainer.get_decay_parameter_names`` would
+    have chosen: it excludes biases, the projection's LayerNorm and the decoder's RMSNorms, but not
+    the tower's norms, whose class it does not know.
+
+    Args:
+        rule: "all", "matrices_only" or "huggingface".
+        name: name of the parameter in `InternVLModel`.
+        num_dims: of the parameter.
+
+    Returns:
+        True if it decays.
+    """
+    if rule == "all":
+        return True
+    if rule == "matrices_only":
+        return num_dims >= 2
+    norm = "layernorm" in name and not name.startswith("vision_model.")
+    return not (norm or name.endswith("bias"))
+
+
+def warmup_iterations(fraction: float, train_iters: int) -> int:
+    """``ceil(fraction * train_iters)``, as HuggingFace's ``warmup_ratio``."""
+    return math.ceil(fraction * train_iters)
+
+
+def make_scheduler(
+    optimizer: MegatronOptimizer, config: OptimizerConfig, train_iters: int, iteration: int = 0
+) -> OptimizerParamScheduler:
+    """Linear warm-up from exactly 0, then a cosine to ``min_lr``; one step an iteration.
+
+    The rate of iteration k (from 0) is ``lr * k / warmup`` and later
+    ``lr * (1 + cos(pi * (k - warmup) / (train_iters - warmup))) / 2``.
+
+    Args:
+        optimizer: whose groups are set.
+        config: settings.
+        train_iters: iterations of the whole run.
+        iteration: iterations already done.
+
+    Returns:
+        The scheduler, with the rates of ``iteration`` set.
+    """
+    warmup = warmup_iterations(config.lr_warmup_fraction, train_iters)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=config.lr,
+        min_lr=config.min_lr,
+        lr_warmup_steps=warmup,
+        # megatron-core wants a decay after the warm-up even where the run ends with it
+        lr_decay_steps=max(train_iters, warmup + 1),
+        lr_decay_style="cosine",
+        start_wd=config.weight_decay,
+        end_wd=config.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+    if iteration:
+        scheduler.step(increment=iteration)
+    return scheduler
