@@ -7,15 +7,15 @@ the last is written. `StreamingSaveStrategy` writes one tensor after the other, 
 process, and can take each from a function at the moment it is written.
 """
 
+import io
+import os
+import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-import io
-import os
-import pickle
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -224,7 +224,7 @@ class _StreamingWriter(dcp.FileSystemWriter):
 
 def _write(stream: io.BufferedWriter, item: WriteItem, planner: SavePlanner) -> None:
     data = planner.resolve_data(item)
-    if item.type == WriteItemType.BYTE_IO:
+    if isinstance(data, io.BytesIO):
         stream.write(data.getbuffer())
         return
     tensor = data.detach().to("cpu")
@@ -310,8 +310,10 @@ def _readable_errors(what: str) -> Iterator[None]:
                 raise cause from None
             if isinstance(cause, MmlmError):
                 raise CheckpointError(str(cause)) from error
-        ranks = ", ".join(f"rank {rank}: {_one_line(cause)}" for rank, (cause, _) in sorted(
-            error.failures.items()))
+        ranks = ", ".join(
+            f"rank {rank}: {_one_line(cause)}"
+            for rank, (cause, _) in sorted(error.failures.items())
+        )
         raise CheckpointError(f"{what}: {ranks}") from error
     except (CheckpointingException, OSError) as error:
         raise CheckpointError(f"{what}: {_one_line(error)}") from error

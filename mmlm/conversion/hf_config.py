@@ -64,9 +64,7 @@ class HFConfig:
     """What the json means."""
 
 
-def read_parts(
-    vision_dir: Path, llm_dir: Path, ps_version: Literal["v1", "v2"] = "v1"
-) -> HFConfig:
+def read_parts(vision_dir: Path, llm_dir: Path, ps_version: Literal["v1", "v2"] = "v1") -> HFConfig:
     """Read the ``config.json`` of a ViT folder and of an LLM folder.
 
     Args:
@@ -300,7 +298,7 @@ def _get(content: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
     accepted = (int, float) if kind is float else (kind,)
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise ConfigError(f"{where}: {key} must be {kind.__name__}, is {value!r}")
-    return float(value) if kind is float else value
+    return float(content[key]) if kind is float else value
 
 
 def _get_or(content: Json, key: str, kind: type, default: Any, where: str) -> Any:

@@ -97,8 +97,9 @@ class _SafeFile:
 
     def __init__(self, file: Path) -> None:
         self._handle = safe_open(file, framework="pt", device="cpu")
+        names: list[str] = self._handle.keys()
         self.shapes: dict[str, Shape] = {
-            name: tuple(self._handle.get_slice(name).get_shape()) for name in self._handle.keys()
+            name: tuple(self._handle.get_slice(name).get_shape()) for name in names
         }
 
     def dtype(self, name: str) -> torch.dtype:
@@ -116,12 +117,9 @@ class _PickledFile:
     """One file of torch.save; memory-mapped unless it is of the format before torch 1.6."""
 
     def __init__(self, file: Path) -> None:
-        content: Any = torch.load(
-            file, map_location="cpu", mmap=_is_zip(file), weights_only=True
-        )
+        content: Any = torch.load(file, map_location="cpu", mmap=_is_zip(file), weights_only=True)
         if not isinstance(content, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor)
-            for name, tensor in content.items()
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
         ):
             raise CheckpointError(f"{file}: holds something else than a dict of named tensors")
         self._content: dict[str, Tensor] = content
@@ -133,7 +131,7 @@ class _PickledFile:
         return self._content[name].dtype
 
     def read(self, name: str) -> Tensor:
-        return self._content[name]
+        return self._content[name].contiguous()
 
 
 _File = _SafeFile | _PickledFile

@@ -27,6 +27,9 @@ HF_PREFIXES: dict[Part, str] = {
 }
 """Part -> what the combined folder puts before a HuggingFace name of the part."""
 
+MODEL_PREFIX = "model."
+"""Before every global name in a checkpoint, where optimizer state lies beside it."""
+
 DERIVED_HF_SUFFIXES = (".rotary_emb.inv_freq",)
 """HuggingFace buffers that old files hold and that follow from the config; not converted."""
 
@@ -73,9 +76,7 @@ def _stacked_qkv(config: ModelConfig) -> Rule:
 
 def _grouped_qkv(config: ModelConfig) -> Rule:
     language = config.language
-    return GroupedQkv(
-        num_query_groups=language.num_query_groups, kv_channels=language.kv_channels
-    )
+    return GroupedQkv(num_query_groups=language.num_query_groups, kv_channels=language.kv_channels)
 
 
 def _gate_up(config: ModelConfig) -> Rule:
@@ -212,9 +213,7 @@ def _entry(row: Row, layer: int, config: ModelConfig, words: Mapping[str, int]) 
     rule = row.rule(config)
     return Entry(
         part=row.part,
-        hf_names=tuple(
-            HF_PREFIXES[row.part] + name.replace("{i}", number) for name, _ in row.hf
-        ),
+        hf_names=tuple(HF_PREFIXES[row.part] + name.replace("{i}", number) for name, _ in row.hf),
         hf_shapes=shapes,
         megatron_name=f"{row.part}.{row.megatron.replace('{i}', number)}",
         megatron_shape=rule.megatron_shape(shapes),
@@ -251,8 +250,10 @@ def check_tensors(
         CheckpointError: with every missing, stray and misshapen tensor.
     """
     lines = [f"missing: {name} {list(shape)}" for name, shape in _without(expected, found)]
-    lines += [f"stray: {name} {list(shape)} in {describe(name)}" for name, shape in _without(
-        found, expected)]
+    lines += [
+        f"stray: {name} {list(shape)} in {describe(name)}"
+        for name, shape in _without(found, expected)
+    ]
     lines += [
         f"wrong shape: {name} is {list(found[name])}, the config says {list(shape)}, "
         f"in {describe(name)}"

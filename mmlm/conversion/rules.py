@@ -78,9 +78,9 @@ class GroupedQkv:
     """d, the size of one head."""
 
     def to_megatron(self, tensors: Sequence[Tensor]) -> Tensor:
-        query, key, value = tensors  # [heads * d, h], [g * d, h], [g * d, h]
-        grouped = [each.view(self.num_query_groups, -1, each.shape[-1]) for each in tensors]
-        return torch.cat(grouped, dim=1).reshape(-1, query.shape[-1])
+        hidden_size = tensors[0].shape[-1]  # [heads * d, h], [g * d, h], [g * d, h]
+        grouped = [each.view(self.num_query_groups, -1, hidden_size) for each in tensors]
+        return torch.cat(grouped, dim=1).reshape(-1, hidden_size)
 
     def to_hf(self, tensor: Tensor) -> tuple[Tensor, ...]:
         grouped = tensor.view(self.num_query_groups, -1, tensor.shape[-1])

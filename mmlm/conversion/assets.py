@@ -1,0 +1,70 @@
+"""The small files beside the tensors: json of the parts, tokenizer, generation settings.
+
+They travel in a checkpoint's ``hf_assets`` so that an export needs nothing but the checkpoint.
+"""
+
+import shutil
+from pathlib import Path
+
+from mmlm.conversion.hf_config import Json, read_json
+from mmlm.conversion.hf_source import HFSource
+from mmlm.conversion.vocabulary import VocabularyPlan, write_json, write_tokenizer_files
+from mmlm.log import get_logger
+
+VISION_CONFIG_FILE = "vision_config.json"
+LLM_CONFIG_FILE = "llm_config.json"
+COMBINED_CONFIG_FILE = "internvl_config.json"
+"""Only when a combined folder came in: its keys other than the two configs above."""
+
+_VISION_FILES = ("preprocessor_config.json",)
+_LLM_FILES = ("generation_config.json",)
+_TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+
+_log = get_logger("mmlm.conversion")
+
+
+def write_assets(folder: Path, source: HFSource, plan: VocabularyPlan) -> None:
+    """Keep everything beside tensors that an export or a training needs.
+
+    Args:
+        folder: is made.
+        source: where the weights come from.
+        plan: which tokens the tokenizer files still lack.
+    """
+    folder.mkdir()
+    write_json(folder / VISION_CONFIG_FILE, source.config.vision)
+    write_json(folder / LLM_CONFIG_FILE, source.config.llm)
+    if source.config.combined is not None:
+        write_json(folder / COMBINED_CONFIG_FILE, source.config.combined)
+    write_tokenizer_files(source.llm_dir, folder, plan)
+    _copy(source.vision_dir, folder, _VISION_FILES)
+    _copy(source.llm_dir, folder, _LLM_FILES)
+
+
+def read_asset(folder: Path, name: str) -> Json | None:
+    """One of the json files above, or None when the checkpoint was not made from HuggingFace's."""
+    file = folder / name
+    return read_json(file) if file.is_file() else None
+
+
+def copy_vision_files(assets: Path, folder: Path) -> None:
+    """Put the ViT's small files into an exported folder."""
+    _copy(assets, folder, _VISION_FILES)
+
+
+def copy_llm_files(assets: Path, folder: Path) -> None:
+    """Put the tokenizer and the LLM's small files into an exported folder."""
+    if not (assets / "tokenizer.model").is_file():
+        _log.warning("%s: no tokenizer.model, so no tokenizer is exported", assets)
+    _copy(assets, folder, (*_TOKENIZER_FILES, *_LLM_FILES))
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
