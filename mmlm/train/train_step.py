@@ -1,0 +1,117 @@
+"""One iteration: forward and backward over all microbatches, clip, AdamW, next learning rate."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mmlm.data.collate import Batch
+from mmlm.errors import MmlmError
+from mmlm.parallel.topology import Topology
+
+
+class DivergenceError(MmlmError):
+    """The loss or the gradient norm is not a finite number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What an iteration reports; the same on every rank."""
+
+    loss: float
+    """Weighted sum over all tokens of the global batch."""
+    grad_norm: float
+    """Global norm before clipping."""
+    learning_rate: float
+    """The rate that was used."""
+
+
+def run_schedule(
+    model: DistributedDataParallel,
+    forward_step: Callable[..., Any],
+    batches: Sequence[Batch],
+    *,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """Send all microbatches through megatron-core's schedule; collective.
+
+    Returns:
+        What the loss function reported for each microbatch; empty but on the last stage.
+    """
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=[model],
+        num_microbatches=len(batches),
+        seq_length=1,  # shapes are exchanged before each tensor
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+def forward_backward(
+    model: DistributedDataParallel,
+    forward_step: Callable[..., Any],
+    batches: Sequence[Batch],
+    topology: Topology,
+) -> float:
+    """Compute the loss and the final, summed gradients of an iteration; collective.
+
+    Returns:
+        The loss, the same on every rank.
+    """
+    model.zero_grad_buffer()
+    reports = run_schedule(model, forward_step, batches, forward_only=False)
+    loss = torch.zeros((), dtype=torch.float64, device=topology.device)
+    if topology.tp_rank == 0:
+        for report in reports:
+            loss += report["loss"]
+    dist.all_reduce(loss)
+    return loss.item()
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    forward_step: Callable[..., Any],
+    batches: Sequence[Batch],
+    topology: Topology,
+) -> StepResult:
+    """Train one iteration; collective.
+
+    Returns:
+        Loss, norm and rate.
+
+    Raises:
+        DivergenceError: on all ranks, if the loss or the norm is not finite. Nothing is saved after
+            it, so the last checkpoint is from before.
+    """
+    loss = forward_backward(model, forward_step, batches, topology)
+    learning_rate = _learning_rate(optimizer, topology)
+    grad_norm = float("nan")
+    if math.isfinite(loss):
+        _, norm, _ = optimizer.step()
+        grad_norm = float(norm)
+    if not math.isfinite(grad_norm):
+        raise DivergenceError(
+            f"the training diverged: loss {loss}, gradient norm {grad_norm}; start again from the "
+            "last checkpoint with a lower learning rate, or look at the data of this iteration"
+        )
+    scheduler.step(increment=1)
+    return StepResult(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+
+
+def _learning_rate(optimizer: MegatronOptimizer, topology: Topology) -> float:
+    """The rate of this iteration; a rank with nothing to train learns it from the others."""
+    rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+    rate = torch.tensor(max(rates, default=0.0), dtype=torch.float64, device=topology.device)
+    dist.all_reduce(rate, op=dist.ReduceOp.MAX)
+    return rate.item()

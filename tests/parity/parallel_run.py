@@ -1,0 +1,238 @@
+"""Train the real, parallel model on hand-made samples and bring back what the reference predicts.
+
+`train_parallel` runs inside every rank; weights, gradients and results have HuggingFace names.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmlm.config.schema import (
+    BackendConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from mmlm.conversion.hf_config import language_from_hf, vision_from_hf
+from mmlm.conversion.name_map import expand
+from mmlm.data.collate import Batch, collate
+from mmlm.data.sample import Sample
+from mmlm.data.step_plan import SampleTable, step_plan
+from mmlm.layers.vision_attention import PaddedHeadsSelfAttention
+from mmlm.models.model_provider import build_model, fill_weights, model_state
+from mmlm.parallel.backend import resolve_backend
+from mmlm.parallel.stage_plan import make_stage_plan
+from mmlm.parallel.topology import Topology, initialize
+from mmlm.train.forward_step import training_forward_step
+from mmlm.train.gradients import gather_gradients, gather_tensors
+from mmlm.train.optimizer import make_optimizer, make_scheduler, wrap_ddp
+from mmlm.train.train_step import forward_backward, train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """A cut of the model and of the batch."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    pipeline_layout: str = "auto"
+    seq_length: int = 64
+    """Small rows hold one sample each: then nothing is packed."""
+    micro_batch_size: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    def __str__(self) -> str:
+        name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}"
+        if self.pipeline_layout != "auto":
+            name += f"-{self.pipeline_layout}"
+        return name + f"-s{self.seq_length}x{self.micro_batch_size}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelRun:
+    """Results of rank 0, under HuggingFace names."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    learning_rates: list[float]
+    gradients: dict[str, Tensor]
+    """Of the first iteration, before clipping."""
+    weights: dict[str, Tensor]
+    """After the last iteration."""
+    padding_is_zero: bool
+    """Whether every padding head on every rank is still bitwise zero."""
+
+
+def make_samples(count: int, vocab: int, context: int, *, seed: int = 0) -> list[Sample]:
+    """Random conversations: text only, one image, two images; several supervised stretches."""
+    generator = np.random.default_rng(seed)
+    samples = []
+    for sample_id in range(count):
+        images = (1, 0, 2, 1)[sample_id % 4]
+        pieces = [generator.integers(1, context, size=3)]
+        for _ in range(images):
+            pieces += [np.full(4, context), generator.integers(1, context, size=2)]
+        pieces.append(generator.integers(1, context, size=4 + sample_id % 5))
+        ids = np.concatenate(pieces).astype(np.int64)
+        labels = np.full(len(ids), -100, dtype=np.int64)
+        first = len(ids) - 5
+        labels[first : len(ids) - 1] = ids[first + 1 :]
+        labels[1] = ids[2]
+        samples.append(
+            Sample(
+                sample_id=sample_id,
+                input_ids=ids,
+                labels=labels,
+                image_positions=np.flatnonzero(ids == context).astype(np.int64),
+                image_ids=np.arange(images, dtype=np.int64) + 64 * sample_id,
+                pixel_values=generator.normal(size=(images, 3, 56, 56)).astype(np.float32),
+            )
+        )
+    return samples
+
+
+def sample_table(samples: Sequence[Sample]) -> SampleTable:
+    """Sizes of hand-made samples."""
+    return SampleTable(
+        num_tokens=np.array([len(s.input_ids) for s in samples]),
+        num_images=np.array([len(s.image_ids) for s in samples]),
+        num_supervised_tokens=np.array([(s.labels != -100).sum() for s in samples]),
+        usable=np.arange(len(samples)),
+    )
+
+
+def rank_batches(
+    samples: Sequence[Sample],
+    iteration: int,
+    layout: Layout,
+    topology: Topology,
+    train: TrainConfig,
+    with_pixels: bool,
+) -> list[Batch]:
+    """This rank's microbatches, through the real step plan and collation."""
+    plan = step_plan(
+        sample_table(samples),
+        seed=train.seed,
+        iteration=iteration,
+        global_batch_size=train.global_batch_size,
+        seq_length=layout.seq_length,
+        micro_batch_size=layout.micro_batch_size,
+        data_parallel_size=topology.dp_size,
+        loss_weight=train.loss_weight,
+    )
+    return [
+        collate(
+            [[samples[index] for index in row] for row in rows],
+            plan.token_weights,
+            image_size=56,
+            with_pixels=with_pixels,
+        )
+        for rows in plan.microbatches[topology.dp_rank]
+    ]
+
+
+def hf_names(model: ModelConfig, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Megatron's global names -> HuggingFace names, through the conversion table."""
+    named = {}
+    for entry in expand(model):
+        if entry.megatron_name in tensors:
+            parts = entry.rule.to_hf(tensors[entry.megatron_name])
+            named.update(zip(entry.hf_names, parts, strict=True))
+    return named
+
+
+def megatron_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """HuggingFace names -> Megatron's global names."""
+    return {
+        entry.megatron_name: entry.rule.to_megatron([weights[name] for name in entry.hf_names])
+        for entry in expand(model)
+    }
+
+
+def train_parallel(
+    layout: Layout,
+    hf_config: dict[str, Any],
+    weights: dict[str, Tensor],
+    samples: Sequence[Sample],
+    train: TrainConfig,
+    optimizer_config: OptimizerConfig,
+    num_iterations: int,
+) -> ParallelRun | None:
+    """Train; called by every rank of a world of ``layout.world_size``."""
+    topology = initialize(
+        ParallelConfig(
+            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
+        )
+    )
+    config = ModelConfig(
+        vision=vision_from_hf(hf_config["vision_config"], "tiny"),
+        language=language_from_hf(hf_config["llm_config"], "tiny"),
+        ps_version=hf_config.get("ps_version", "v1"),
+    )
+    plan = make_stage_plan(config, layout.pp, layout.pipeline_layout)
+    chunk = build_model(config, plan, topology, resolve_backend(BackendConfig()), train)
+    source = megatron_weights(config, weights)
+    fill_weights(chunk, topology.groups, lambda name, shape: source[name])
+    dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
+    model = wrap_ddp(chunk, topology)
+    optimizer = make_optimizer(model, optimizer_config, dtype)
+    scheduler = make_scheduler(optimizer, optimizer_config, max(num_iterations, 1))
+
+    def inputs(iteration: int) -> tuple[Any, list[Batch]]:
+        step = training_forward_step(
+            config, topology.device, seed=train.seed, iteration=iteration
+        )
+        first = plan.chunks[topology.pp_rank].has_vision_embedding
+        return step, rank_batches(samples, iteration, layout, topology, train, first)
+
+    step, batches = inputs(0)
+    first_loss = forward_backward(model, step, batches, topology)
+    gradients = gather_gradients(model, topology)
+    results = []
+    for iteration in range(num_iterations):
+        step, batches = inputs(iteration)
+        results.append(train_step(model, optimizer, scheduler, step, batches, topology))
+    final = gather_tensors(_main_shards(chunk, topology))
+    zero = torch.tensor(float(_padding_is_zero(chunk)))
+    torch.distributed.all_reduce(zero, op=torch.distributed.ReduceOp.MIN)
+    if topology.rank:
+        return None
+    return ParallelRun(
+        losses=[first_loss] if not results else [r.loss for r in results],
+        grad_norms=[r.grad_norm for r in results],
+        learning_rates=[r.learning_rate for r in results],
+        gradients=hf_names(config, gradients),
+        weights=hf_names(config, final),
+        padding_is_zero=bool(zero),
+    )
+
+
+def _main_shards(chunk: torch.nn.Module, topology: Topology) -> list[Any]:
+    from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
+
+    state = model_state(chunk, topology.groups, prefix="")
+    apply_factories(state)
+    return [
+        shard
+        for shard in nested_values(state)
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
+    ]
+
+
+def _padding_is_zero(chunk: torch.nn.Module) -> bool:
+    return all(
+        module.padding_is_zero()
+        for module in chunk.modules()
+        if isinstance(module, PaddedHeadsSelfAttention)
+    )
