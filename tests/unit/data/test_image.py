@@ -1,0 +1,107 @@
+"""Preprocessing against torch's arithmetic, augmentation, and pictures that are broken."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmlm.data.image import augment, load_image, preprocess, verify_image
+from mmlm.errors import DataError
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    generator = np.random.default_rng(0)
+    shape = (height, width) if channels == 1 else (height, width, channels)
+    return Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8), mode=None)
+
+
+def test_pixels_equal_the_published_transform_bit_for_bit() -> None:
+    image = noise(30, 47)
+    squashed = image.resize((56, 56), Image.Resampling.BICUBIC)
+    tensor = torch.from_numpy(np.array(squashed)).permute(2, 0, 1).to(torch.float32).div(255)
+    mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    pixels = preprocess(image, 56)
+    assert pixels.dtype == np.float32 and pixels.shape == (3, 56, 56)
+    assert pixels.flags["C_CONTIGUOUS"]
+    np.testing.assert_array_equal(pixels, tensor.sub(mean).div(std).numpy())
+
+
+def test_alpha_is_dropped_and_the_first_frame_taken(tmp_path: Path) -> None:
+    picture = noise(8, 8, "RGBA")
+    picture.save(tmp_path / "a.png")
+    loaded = load_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(np.array(loaded), np.array(picture)[..., :3])
+    frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "b.gif", save_all=True, append_images=frames[1:])
+    assert load_image(tmp_path / "b.gif").getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_exif_orientation_is_ignored(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    noise(12, 5).save(tmp_path / "a.jpg", exif=exif)
+    assert load_image(tmp_path / "a.jpg").size == (12, 5)
+
+
+def test_augmentation_depends_on_its_key_alone() -> None:
+    image = noise(40, 40)
+
+    def pixels(**key: int) -> bytes:
+        return augment(image, **{"seed": 1, "sample_id": 2, "slot": 0, "epoch": 0, **key}).tobytes()
+
+    assert pixels() == pixels()
+    assert len({pixels(epoch=epoch) for epoch in range(8)}) > 3
+    assert len({pixels(sample_id=sample_id) for sample_id in range(8)}) > 3
+
+
+def test_augmentation_quality_is_within_75_and_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    qualities = []
+    save = Image.Image.save
+
+    def spy(self: Image.Image, *args: object, **options: object) -> None:
+        qualities.append(options["quality"])
+        save(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Image.Image, "save", spy)
+    for sample_id in range(300):
+        augment(Image.new("RGB", (8, 8)), seed=0, sample_id=sample_id, slot=0, epoch=0)
+    assert set(qualities) == set(range(75, 101))
+
+
+@pytest.mark.parametrize("check", [load_image, verify_image])
+@pytest.mark.parametrize("kind", ["jpeg", "png", "text", "empty", "missing", "bomb"])
+def test_a_broken_picture_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: object, kind: str
+) -> None:
+    path = tmp_path / "a.img"
+    message = "the image does not decode .*; replace or remove it"
+    if kind in ("jpeg", "png"):
+        buffer = io.BytesIO()
+        noise(64, 64).save(buffer, format=kind)
+        path.write_bytes(buffer.getvalue()[:2000])
+    elif kind == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        noise(64, 64).save(path, format="png")
+        message = "the image is too large"
+    elif kind == "missing":
+        message = "the image does not exist; check the set's root"
+    else:
+        path.write_bytes(b"hello" if kind == "text" else b"")
+    with pytest.raises(DataError, match=rf"a\.img: {message}"):
+        check(path)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (200, 100)])
+@pytest.mark.parametrize("extension", ["jpg", "png", "gif", "bmp"])
+def test_sound_pictures_of_any_size_pass(
+    tmp_path: Path, size: tuple[int, int], extension: str
+) -> None:
+    path = tmp_path / f"a.{extension}"
+    noise(*size).save(path)
+    verify_image(path)
+    assert preprocess(load_image(path), 28).shape == (3, 28, 28)
