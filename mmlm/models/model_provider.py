@@ -8,6 +8,11 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, apply_factories
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
 
 from mmlm.config.schema import ModelConfig, TrainConfig
 from mmlm.errors import ConfigError
@@ -57,11 +62,24 @@ def build_model(
     with torch.no_grad():
         for parameter in chunk.parameters():
             parameter.zero_()
+    _mark_sharded_weights(chunk)
     for part in PARTS:
         module = getattr(chunk, part)
         if module is not None and getattr(train, f"freeze_{part}"):
             module.requires_grad_(False)
     return chunk
+
+
+def _mark_sharded_weights(chunk: InternVLModel) -> None:
+    """Tell the global gradient norm which weights are shards.
+
+    megatron-core marks them only when it also initializes them (``perform_initialization``), which
+    we switch off; unmarked, the weights of every TP rank but the first would be left out of the
+    norm and clipping would be silently wrong.
+    """
+    for module in chunk.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear | VocabParallelEmbedding):
+            module.weight.tensor_model_parallel = True
 
 
 def _check_divides(model: ModelConfig, tp_size: int) -> None:
