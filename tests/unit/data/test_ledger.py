@@ -1,0 +1,48 @@
+"""The ledger comes back as written; the strict error names places and counts."""
+
+from pathlib import Path
+
+import pytest
+
+from mmlm.data.ledger import Exclusion, read_ledger, strict_error, write_ledger
+from mmlm.data.rejection import Reason, Rejection
+
+
+def exclusion(line: int, reason: Reason = Reason.ODD_TURNS) -> Exclusion:
+    return Exclusion(
+        set_name="tiny",
+        file="a.jsonl",
+        line=line,
+        identity="红",
+        rejection=Rejection(reason=reason, detail="1 turns"),
+    )
+
+
+def test_the_ledger_comes_back_as_written(tmp_path: Path) -> None:
+    exclusions = (exclusion(1), exclusion(9, Reason.IMAGE_COUNT))
+    path = tmp_path / "data_ledger.jsonl"
+    write_ledger(path, exclusions)
+    assert read_ledger(path) == exclusions
+    assert path.read_text(encoding="utf-8").splitlines()[0] == (
+        '{"set": "tiny", "file": "a.jsonl", "line": 1, "id": "红", "reason": "odd_turns", '
+        '"detail": "1 turns"}'
+    )
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_strict_error_lists_ten_and_counts_the_rest() -> None:
+    exclusions = [exclusion(line) for line in range(1, 13)] + [exclusion(20, Reason.IMAGE_COUNT)]
+    text = str(strict_error(exclusions, 500, Path("x/data_ledger.jsonl")))
+    assert text.startswith(
+        "13 of 500 records cannot be used (odd_turns 12, image_count 1); mend them, or set "
+        "data.policy=skip to leave them out; all are listed in x/data_ledger.jsonl:\n"
+        "  a.jsonl:1 (set 'tiny', id '红') odd_turns: 1 turns\n"
+    )
+    assert text.count("a.jsonl:") == 10
+    assert text.endswith("... and 3 more")
+
+
+@pytest.mark.parametrize("count", [1, 10])
+def test_a_short_list_is_complete(count: int) -> None:
+    text = str(strict_error([exclusion(1)] * count, count, Path("x")))
+    assert text.count("a.jsonl:1") == count and "more" not in text
