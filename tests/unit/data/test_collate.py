@@ -1,0 +1,108 @@
+"""The flat stream, written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from mmlm.data.collate import Batch, collate
+from mmlm.data.sample import Sample
+
+
+def sample(sample_id: int, length: int, num_images: int = 0, *, pixels: bool = True) -> Sample:
+    """A sample of ids 10 * sample_id + i whose last two tokens are supervised."""
+    ids = 10 * sample_id + np.arange(length)
+    labels = np.full(length, -100)
+    labels[-3:-1] = ids[-2:]
+    return Sample(
+        sample_id=sample_id,
+        input_ids=ids,
+        labels=labels,
+        image_positions=np.arange(1, 1 + 2 * num_images),
+        image_ids=64 * sample_id + np.arange(num_images),
+        pixel_values=np.full((num_images, 3, 4, 4), sample_id, np.float32) if pixels else None,
+    )
+
+
+def make(*rows: list[Sample], **options: int) -> Batch:
+    weights = {number: 0.1 * number for number in range(10)}
+    return collate(rows, weights, image_size=4, **options)
+
+
+def test_two_rows_by_hand() -> None:
+    batch = make([sample(1, 4), sample(2, 5, 1)], [sample(3, 3, 1)], pad_to_multiple_of=8)
+    assert batch.segment_lengths == (4, 5, 3, 4)
+    assert batch.input_ids.tolist() == [
+        *[10, 11, 12, 13],
+        *[20, 21, 22, 23, 24],
+        *[30, 31, 32],
+        *[0, 0, 0, 0],
+    ]
+    assert batch.labels.tolist() == [
+        *[0, 12, 13, 0],
+        *[0, 0, 23, 24, 0],
+        *[31, 32, 0],
+        *[0, 0, 0, 0],
+    ]
+    torch.testing.assert_close(
+        batch.loss_mask,
+        torch.tensor([0, 0.1, 0.1, 0, 0, 0, 0.2, 0.2, 0, 0.3, 0.3, 0, 0, 0, 0, 0]),
+    )
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]
+    assert batch.image_positions.tolist() == [5, 6, 10, 11]
+    assert batch.image_ids.tolist() == [128, 192]
+    assert batch.sample_ids == (1, 2, 3)
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (2, 3, 4, 4)
+    assert batch.pixel_values[:, 0, 0, 0].tolist() == [2.0, 3.0]
+
+
+def test_types_are_what_the_model_expects() -> None:
+    batch = make([sample(1, 4, 1)])
+    for name in ("input_ids", "labels", "position_ids", "image_ids", "image_positions"):
+        assert getattr(batch, name).dtype == torch.int64
+    assert batch.loss_mask.dtype == torch.float32
+    assert batch.pixel_values is not None and batch.pixel_values.dtype == torch.float32
+
+
+def test_no_label_predicts_across_a_boundary() -> None:
+    batch = make([sample(1, 4), sample(2, 5)])
+    ends = np.cumsum(batch.segment_lengths) - 1
+    assert batch.loss_mask[ends].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "segments"),
+    [
+        ({}, (1,)),
+        ({"pad_to_multiple_of": 4}, (1, 3)),
+        ({"min_length": 6}, (1, 5)),
+        ({"min_length": 6, "pad_to_multiple_of": 4}, (1, 7)),
+    ],
+)
+def test_a_microbatch_without_samples_is_inert(
+    options: dict[str, int], segments: tuple[int, ...]
+) -> None:
+    batch = make([], **options)
+    assert batch.segment_lengths == segments
+    assert batch.loss_mask.sum() == 0 and batch.input_ids.sum() == 0
+    assert batch.sample_ids == () and batch.image_positions.shape == batch.image_ids.shape == (0,)
+    assert batch.pixel_values is not None and batch.pixel_values.shape == (0, 3, 4, 4)
+
+
+def test_an_empty_row_among_others_is_a_padding_segment() -> None:
+    assert make([sample(1, 4)], []).segment_lengths == (4, 1)
+
+
+def test_ranks_without_pixels_get_none_but_all_positions() -> None:
+    batch = make([sample(2, 5, 1, pixels=False)], with_pixels=False)
+    assert batch.pixel_values is None
+    assert batch.image_positions.tolist() == [1, 2] and batch.image_ids.tolist() == [128]
+
+
+def test_moving_to_a_device_keeps_everything_else() -> None:
+    batch = make([sample(2, 5, 1)])
+    moved = batch.to("meta")
+    assert moved.input_ids.device.type == "meta" and moved.pixel_values is not None
+    assert moved.pixel_values.device.type == "meta"
+    assert moved.segment_lengths == batch.segment_lengths
+    without = make([sample(2, 5, 1, pixels=False)], with_pixels=False).to("meta")
+    assert without.pixel_values is None
