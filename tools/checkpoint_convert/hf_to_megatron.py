@@ -4,9 +4,9 @@
 import argparse
 import sys
 import time
+import warnings
 from pathlib import Path
 
-from mmlm.conversion.convert import hf_to_megatron
 from mmlm.conversion.dtypes import DTYPES
 from mmlm.conversion.hf_source import PROJECTOR_FILE
 from mmlm.errors import MmlmError
@@ -69,6 +69,10 @@ def main() -> int:
     """Convert; errors that a user can mend become one line."""
     args = parse_args()
     setup_logging()
+    # Late, so that --help answers at once; megatron-core warns of engines that are not used here.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from mmlm.conversion.convert import hf_to_megatron
+
     start = time.monotonic()
     try:
         directory = hf_to_megatron(

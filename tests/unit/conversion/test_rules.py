@@ -1,0 +1,73 @@
+"""Every rule puts the rows where it says and back, to the bit."""
+
+import pytest
+import torch
+from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, StackedQkv
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rows(*labels: str) -> torch.Tensor:
+    """One row a label, two columns: the label's number on both."""
+    return torch.tensor([[LABELS[label]] * 2 for label in labels])
+
+
+LABELS = {
+    f"{kind}{head}{row}": 100.0 * "qkvgu".index(kind) + 10.0 * head + row
+    for kind in "qkvgu"
+    for head in range(4)
+    for row in range(2)
+}
+
+
+def test_stacked_qkv_goes_head_by_head():
+    stacked = rows(*"q00 q01 q10 q11 k00 k01 k10 k11 v00 v01 v10 v11".split())
+    by_head = rows(*"q00 q01 k00 k01 v00 v01 q10 q11 k10 k11 v10 v11".split())
+    rule = StackedQkv(num_attention_heads=2)
+    assert torch.equal(rule.to_megatron([stacked]), by_head)
+    assert torch.equal(rule.to_hf(by_head)[0], stacked)
+
+
+def test_grouped_qkv_goes_group_by_group():
+    query = rows(*"q00 q01 q10 q11 q20 q21 q30 q31".split())
+    key, value = rows(*"k00 k01 k10 k11".split()), rows(*"v00 v01 v10 v11".split())
+    grouped = rows(
+        *"q00 q01 q10 q11 k00 k01 v00 v01".split(), *"q20 q21 q30 q31 k10 k11 v10 v11".split()
+    )
+    rule = GroupedQkv(num_query_groups=2, kv_channels=2)
+    assert torch.equal(rule.to_megatron([query, key, value]), grouped)
+    for found, expected in zip(rule.to_hf(grouped), (query, key, value), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_gate_comes_before_up():
+    gate, up = rows("g00", "g01"), rows("u00", "u01")
+    both = rows("g00", "g01", "u00", "u01")
+    assert torch.equal(GateUp().to_megatron([gate, up]), both)
+    assert [found.tolist() for found in GateUp().to_hf(both)] == [gate.tolist(), up.tolist()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("rule", "shapes"),
+    [
+        (Copy(), [(3, 4, 5)]),
+        (StackedQkv(num_attention_heads=5), [(3 * 5 * 8, 40)]),
+        (GroupedQkv(num_query_groups=2, kv_channels=12), [(48, 48), (24, 48), (24, 48)]),
+        (GroupedQkv(num_query_groups=1, kv_channels=6), [(18, 7), (6, 7), (6, 7)]),
+        (GateUp(), [(72, 48), (72, 48)]),
+    ],
+)
+def test_round_trip_is_exact_and_shapes_are_announced(
+    rule: Rule, shapes: list[tuple[int, ...]], dtype: torch.dtype
+):
+    tensors = [torch.randn(shape).to(dtype) for shape in shapes]
+    there = rule.to_megatron(tensors)
+    assert there.shape == rule.megatron_shape(shapes)
+    assert there.dtype == dtype
+    back = rule.to_hf(there)
+    assert len(back) == len(tensors)
+    for found, expected in zip(back, tensors, strict=True):
+        assert found.dtype == dtype
+        assert found.is_contiguous()
+        assert torch.equal(found, expected)
