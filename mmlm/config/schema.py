@@ -44,8 +44,7 @@ class VisionConfig:
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads "
                 f"{self.num_attention_heads}": self.hidden_size % self.num_attention_heads == 0,
                 f"image_size // patch_size = {self.grid_size} must be even and positive, because "
-                "pixel shuffle joins 2 x 2 patches": self.grid_size > 0
-                and self.grid_size % 2 == 0,
+                "pixel shuffle joins 2 x 2 patches": self.grid_size > 0 and self.grid_size % 2 == 0,
                 f"num_layers {self.num_layers} must be at least 1": self.num_layers >= 1,
             },
         )
@@ -176,8 +175,7 @@ class DataConfig:
             "data",
             {
                 f"seq_length {self.seq_length} must be at least 8": self.seq_length >= 8,
-                f"policy '{self.policy}' must be strict or skip": self.policy
-                in ("strict", "skip"),
+                f"policy '{self.policy}' must be strict or skip": self.policy in ("strict", "skip"),
                 f"num_workers {self.num_workers} must be at least 1": self.num_workers >= 1,
             },
         )
@@ -217,7 +215,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         frozen = (
-            self.freeze_vision_model and self.freeze_vision_projection and self.freeze_language_model
+            self.freeze_vision_model
+            and self.freeze_vision_projection
+            and self.freeze_language_model
         )
         _require(
             "train",

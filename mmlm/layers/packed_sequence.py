@@ -13,8 +13,8 @@ class PackedSequence(PackedSeqParams):
 
     A subclass of megatron-core's ``PackedSeqParams`` that also keeps the lengths as Python numbers:
     no layer has to copy them from the device. ``qkv_format`` is not "thd" on purpose: megatron-core
-    then hands q, k, v on as [t, 1, heads, d] and applies the rotary embedding row by row, which with
-    rows gathered by position restarts in each segment.
+    then hands q, k, v on as [t, 1, heads, d] and applies the rotary embedding row by row, which,
+    with rows gathered by position, restarts in each segment.
     """
 
     segment_lengths: tuple[int, ...] = ()

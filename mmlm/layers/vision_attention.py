@@ -46,7 +46,7 @@ class PaddedHeadsSelfAttention(SelfAttention):
         self.zero_padding_()
 
     def zero_padding_(self) -> None:
-        """Zero the rows and columns of the padding heads; needed once, after the weights are set."""
+        """Zero the rows and columns of the padding heads, once, after the weights are set."""
         tp_rank = self.tp_group.rank()
         self.partition.zero_padding_(self.linear_qkv.weight.data, 0, tp_rank)
         self.partition.zero_padding_(self.linear_proj.weight.data, 1, tp_rank)

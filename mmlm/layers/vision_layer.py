@@ -57,9 +57,7 @@ class InternVisionLayer(TransformerLayer):
         *,
         max_drop_path_rate: float = 0.0,
     ) -> None:
-        super().__init__(
-            config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage
-        )
+        super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
         # TransformerLayer has made layer_number global (from 1)
         self.drop_path_rate = drop_path_rate(
             self.layer_number - 1, config.num_layers, max_drop_path_rate

@@ -73,7 +73,9 @@ class LanguageModel(MegatronModule):
         if chunk.decoder_layers or chunk.has_output:
             self.decoder = TransformerBlock(
                 config,
-                block_spec(decoder_layer_spec(backend, language), len(chunk.decoder_layers), backend),
+                block_spec(
+                    decoder_layer_spec(backend, language), len(chunk.decoder_layers), backend
+                ),
                 post_process=chunk.has_output,
                 pg_collection=pg_collection,
             )

@@ -76,7 +76,10 @@ def vision_layer_spec(
             input_layernorm=parts.rms_norm,
             self_attention=ModuleSpec(
                 module=PaddedHeadsSelfAttention,
-                params={"attn_mask_type": AttnMaskType.no_mask, "num_heads": vision.num_attention_heads},
+                params={
+                    "attn_mask_type": AttnMaskType.no_mask,
+                    "num_heads": vision.num_attention_heads,
+                },
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=_without_bias(parts.column_linear),
                     core_attention=parts.core_attention,

@@ -1,7 +1,7 @@
 """The part of an InternViT tower that one pipeline stage holds.
 
-All images of a microbatch are one stream [t, 1, h] with t = images x (patches + 1): it can be padded
-and cut anywhere, and every image is a segment of its own.
+All images of a microbatch are one stream [t, 1, h] with t = images x (patches + 1): it can be
+padded and cut anywhere, and every image is a segment of its own.
 
 Legend: n images, g patches along a side, p patch size, t tokens in the stream, h hidden size.
 """

@@ -62,7 +62,8 @@ def resolve_backend(config: BackendConfig) -> Backend:
         )
     packages = optional_packages()
     have = {
-        "transformer_engine": device == "cuda" and packages["transformer_engine"] != "not installed",
+        "transformer_engine": device == "cuda"
+        and packages["transformer_engine"] != "not installed",
         "flash": device == "cuda" and packages["flash_attn"] != "not installed",
     }
     have["local"] = have["sdpa"] = True

@@ -1,9 +1,9 @@
 """Where the flat list of layers is cut: a pure function of sizes and a layout string.
 
-The model is one list: ``v`` a vision layer (the first one brings the patch embedding with it), ``p``
-pixel shuffle and projection, ``E`` text embedding and merge, ``t`` a decoder layer, ``L`` final norm,
-head and loss. ``|`` cuts it into pipeline stages: ``vv|vpEt|ttL``. ``x*n`` repeats a letter and
-``(..)*n`` a group, as in megatron-core's ``pipeline_model_parallel_layout``.
+The model is one list: ``v`` a vision layer (the first one brings the patch embedding with it),
+``p`` pixel shuffle and projection, ``E`` text embedding and merge, ``t`` a decoder layer, ``L``
+final norm, head and loss. ``|`` cuts it into pipeline stages: ``vv|vpEt|ttL``. ``x*n`` repeats a
+letter and ``(..)*n`` a group, as in megatron-core's ``pipeline_model_parallel_layout``.
 """
 
 import re
@@ -133,9 +133,7 @@ def layer_costs(
     vision_cost = vision_tokens * (
         vision_weights + 2 * vision.tokens_per_image * vision.hidden_size
     )
-    projection_weights = language.hidden_size * (
-        model.projection_input_size + language.hidden_size
-    )
+    projection_weights = language.hidden_size * (model.projection_input_size + language.hidden_size)
     projection_cost = images_per_pack * vision.embeddings_per_image * projection_weights
     heads = language.kv_channels * (language.num_attention_heads + language.num_query_groups)
     decoder_weights = language.hidden_size * (2 * heads + 3 * language.ffn_hidden_size)

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from mmlm.config.schema import ModelConfig
@@ -14,6 +13,7 @@ from mmlm.data.collate import Batch
 from mmlm.layers.packed_sequence import PackedSequence
 from mmlm.models.internvl_model import ModelInputs
 from mmlm.models.vision_model import pack_images
+from mmlm.parallel.topology import Topology
 from mmlm.train.loss import answer_spans, cross_entropies, vocab_parallel_argmax
 
 
@@ -86,7 +86,7 @@ def training_forward_step(
 
 
 def evaluation_forward_step(
-    model: ModelConfig, device: torch.device
+    model: ModelConfig, topology: Topology
 ) -> Callable[..., tuple[Tensor, Callable[[Tensor], Any]]]:
     """Make the forward step of an evaluation: no drop path, and every answer is judged.
 
@@ -99,9 +99,9 @@ def evaluation_forward_step(
 
     def step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        inputs = make_inputs(batch, model, device, seed=0, iteration=None)
-        group = unwrap_model(chunk).tp_group
-        return chunk(inputs), partial(_judge, batch, inputs.label_positions, group)
+        inputs = make_inputs(batch, model, topology.device, seed=0, iteration=None)
+        judge = partial(_judge, batch, inputs.label_positions, topology.groups.tp)
+        return chunk(inputs), judge
 
     return step
 

@@ -46,9 +46,7 @@ def vocab_parallel_argmax(logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     return torch.stack(every_index).gather(0, winner).squeeze(0)
 
 
-def answer_spans(
-    supervised: Sequence[bool], segment_lengths: Sequence[int]
-) -> list[list[slice]]:
+def answer_spans(supervised: Sequence[bool], segment_lengths: Sequence[int]) -> list[list[slice]]:
     """Find the answers: maximal runs of supervised positions inside one segment.
 
     Args:

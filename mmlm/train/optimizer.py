@@ -72,8 +72,8 @@ def make_optimizer(
     no_decay = ParamKey(
         with_name_predicate=ParamWithNamePredicate(
             name=f"no_decay_{optimizer.decay}",
-            fn=lambda parameter, name: not decays(
-                optimizer.decay, name.removeprefix("module."), parameter.dim()
+            fn=lambda parameter, name: (
+                not decays(optimizer.decay, name.removeprefix("module."), parameter.dim())
             ),
         )
     )

@@ -1,0 +1,122 @@
+"""From a recipe and overrides to a RunConfig, and from a RunConfig to JSON and back."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mmlm.config.schema import RunConfig
+from mmlm.errors import ConfigError
+
+
+def load_recipe(spec: str) -> RunConfig:
+    """Call the function of a recipe file.
+
+    Args:
+        spec: ``FILE:FUNCTION``, e.g. ``examples/internvl_v1_2/recipe.py:tiny``.
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        ConfigError: if the file or the function is missing, or it does not return a RunConfig.
+    """
+    file, _, function = spec.rpartition(":")
+    if not file or not function:
+        raise ConfigError(f"--recipe '{spec}' must read FILE:FUNCTION, e.g. recipe.py:finetune")
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"--recipe: the file '{file}' does not exist")
+    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    found = [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, types.FunctionType) and not name.startswith("_")
+    ]
+    if function not in found:
+        raise ConfigError(f"--recipe: {file} has no function '{function}'; it has {sorted(found)}")
+    config = getattr(module, function)()
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"--recipe: {file}:{function} must return a mmlm RunConfig")
+    return config
+
+
+def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Replace fields by ``a.b=c``.
+
+    Args:
+        config: start.
+        overrides: each ``section.field=value``; the value is read as the field's type, ``none``
+            where a field may be None.
+
+    Returns:
+        A new config; its sections are checked again.
+
+    Raises:
+        ConfigError: for an unknown field (with the nearest one) or a value of the wrong type.
+    """
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set '{override}' must read section.field=value")
+        config = _replaced(config, key.strip().split("."), value.strip(), key.strip())
+    return config
+
+
+def _replaced(section: Any, path: list[str], value: str, key: str) -> Any:
+    names = [field.name for field in dataclasses.fields(section)]
+    name = path[0]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"--set {key}: there is no field '{name}'; the nearest is '{near[0]}' "
+            f"(all: {', '.join(names)})"
+        )
+    if len(path) > 1:
+        inner = getattr(section, name)
+        if not dataclasses.is_dataclass(inner):
+            raise ConfigError(f"--set {key}: '{name}' has no fields of its own here")
+        new = _replaced(inner, path[1:], value, key)
+    else:
+        new = _parse(typing.get_type_hints(type(section))[name], value, key)
+    return dataclasses.replace(section, **{name: new})
+
+
+def _parse(kind: Any, value: str, key: str) -> Any:
+    if isinstance(kind, types.UnionType):
+        if value.lower() == "none":
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if typing.get_origin(kind) is typing.Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise ConfigError(f"--set {key}={value}: choose one of {', '.join(choices)}")
+        return value
+    if kind is bool:
+        if value.lower() not in ("true", "false"):
+            raise ConfigError(f"--set {key}={value}: must be true or false")
+        return value.lower() == "true"
+    if dataclasses.is_dataclass(kind):
+        raise ConfigError(f"--set {key}: name a field inside '{key}', not the whole section")
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConfigError(f"--set {key}={value}: must be of type {kind.__name__}") from None
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def write_resolved(config: RunConfig, path: Path) -> None:
+    """Write the resolved config, so that a run can be read back from its folder."""
+    path.write_text(json.dumps(to_json(config), indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,97 @@
+"""Loss and exact match of the assistant's answers on a held-out split."""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from tqdm import tqdm
+
+from mmlm.config.schema import ModelConfig, RunConfig
+from mmlm.data.dataset import Dataset
+from mmlm.data.loader import BatchLoader
+from mmlm.data.planners import EvaluationPlanner
+from mmlm.parallel.topology import Topology
+from mmlm.train.forward_step import SampleScore, evaluation_forward_step
+from mmlm.train.train_step import run_schedule
+
+
+@torch.no_grad()
+def evaluate(
+    model: DistributedDataParallel | torch.nn.Module,
+    config: RunConfig,
+    sizes: ModelConfig,
+    dataset: Dataset,
+    topology: Topology,
+    *,
+    with_pixels: bool,
+) -> dict[str, Any]:
+    """Judge every sample of a split once, without drop path; collective.
+
+    Args:
+        model: this rank's chunk, wrapped or not; its training mode is restored.
+        config: of the run; batch sizes and lengths are used.
+        sizes: of the model.
+        dataset: the split.
+        topology: this rank's place.
+        with_pixels: whether images enter the model on this rank.
+
+    Returns:
+        On rank 0 ``{"total": scores, "sets": {name: scores}}`` with ``loss`` (mean over supervised
+        tokens), ``exact_match`` (share of answers whose every token is the most likely one),
+        ``num_samples``, ``num_answers``, ``num_tokens``; empty on the others.
+    """
+    planner = EvaluationPlanner(
+        table=dataset.table,
+        global_batch_size=config.train.global_batch_size,
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        data_parallel_size=topology.dp_size,
+    )
+    was_training = model.training
+    model.eval()
+    step = evaluation_forward_step(sizes, topology)
+    scores: list[SampleScore] = []
+    with BatchLoader(
+        dataset,
+        planner,
+        data_parallel_rank=topology.dp_rank,
+        end_iteration=planner.num_iterations,
+        with_pixels=with_pixels,
+        num_workers=config.data.num_workers,
+    ) as loader:
+        rounds = range(planner.num_iterations)
+        for iteration in tqdm(rounds, desc="evaluate", unit="it", disable=topology.rank > 0):
+            _, batches = loader.batches(iteration)
+            for report in run_schedule(model, step, batches, forward_only=True):
+                scores += report["samples"]
+    model.train(was_training)
+    return _report(dataset, scores if topology.tp_rank == 0 else [])
+
+
+def _report(dataset: Dataset, scores: list[SampleScore]) -> dict[str, Any]:
+    everything: list[list[SampleScore]] = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(scores, everything if dist.get_rank() == 0 else None, dst=0)
+    if dist.get_rank():
+        return {}
+    by_set: dict[str, list[SampleScore]] = defaultdict(list)
+    flat = sorted((s for of_rank in everything for s in of_rank), key=lambda s: s.sample_id)
+    for score in flat:
+        by_set[dataset.annotation_set(score.sample_id).name].append(score)
+    return {
+        "total": _summary(flat),
+        "sets": {name: _summary(of_set) for name, of_set in by_set.items()},
+    }
+
+
+def _summary(scores: list[SampleScore]) -> dict[str, Any]:
+    answers = [right for score in scores for right in score.answers]
+    num_tokens = sum(score.num_tokens for score in scores)
+    return {
+        "loss": sum(score.loss for score in scores) / num_tokens,
+        "exact_match": sum(answers) / len(answers),
+        "num_samples": len(scores),
+        "num_answers": len(answers),
+        "num_tokens": num_tokens,
+    }

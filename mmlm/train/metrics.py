@@ -1,0 +1,161 @@
+"""Numbers of each iteration: one JSON line, TensorBoard scalars and the progress bar."""
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from mmlm.data.step_plan import StepPlan
+from mmlm.parallel.topology import Topology
+from mmlm.train.train_step import StepResult
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """Writes the metrics of a run; only rank 0 touches files.
+
+    ``metrics.jsonl`` has one line an iteration with full precision. A run that resumes drops the
+    lines of iterations that it will do again.
+
+    Args:
+        output_dir: of the run.
+        topology: this rank's place.
+        start_iteration: iterations already done.
+        train_iters: iterations of the whole run.
+        show_progress: draw a progress bar on rank 0.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        topology: Topology,
+        *,
+        start_iteration: int,
+        train_iters: int,
+        show_progress: bool = True,
+    ) -> None:
+        self._topology = topology
+        self._clock = time.perf_counter()
+        self._file = self._board = self._bar = None
+        if topology.rank == 0:
+            path = output_dir / METRICS_FILE
+            _drop_lines_from(path, start_iteration)
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(
+                str(output_dir / "tensorboard"), purge_step=start_iteration or None
+            )
+            self._bar = tqdm(
+                total=train_iters,
+                initial=start_iteration,
+                unit="it",
+                desc="train",
+                disable=not show_progress,
+                dynamic_ncols=True,
+            )
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last iteration (evaluation, saving) out of the speed."""
+        self._clock = time.perf_counter()
+
+    def log(self, plan: StepPlan, result: StepResult, data_seconds: float) -> dict[str, Any]:
+        """Record an iteration; collective.
+
+        Args:
+            plan: what it contained.
+            result: what came out.
+            data_seconds: how long this rank waited for its batches.
+
+        Returns:
+            The line that rank 0 wrote.
+        """
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        shared = torch.tensor(
+            [seconds, data_seconds, peak_memory_bytes(self._topology.device)],
+            dtype=torch.float64,
+            device=self._topology.device,
+        )
+        dist.all_reduce(shared, op=dist.ReduceOp.MAX)
+        seconds, data_seconds, memory = shared.tolist()
+        line = {
+            "iteration": plan.iteration,
+            "loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": result.learning_rate,
+            "consumed_samples": (plan.iteration + 1) * plan.num_samples,
+            "epoch": plan.epoch,
+            "iteration_seconds": seconds,
+            "data_wait_seconds": data_seconds,
+            "tokens_per_second": plan.num_tokens / seconds,
+            "samples_per_second": plan.num_samples / seconds,
+            "num_tokens": plan.num_tokens,
+            "num_supervised_tokens": plan.num_supervised_tokens,
+            "num_packs": plan.num_rows,
+            "num_microbatches": plan.num_microbatches,
+            "pack_fill": plan.pack_fill,
+            "images_per_pack": plan.num_images / plan.num_rows,
+            "peak_memory_bytes": int(memory),
+        }
+        if self._file is not None:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in line.items():
+                if name != "iteration":
+                    self._board.add_scalar(f"train/{name}", value, plan.iteration)
+            self._bar.set_postfix_str(
+                f"loss {result.loss:.4f}, lr {result.learning_rate:.2e}, "
+                f"norm {result.grad_norm:.2f}, {line['tokens_per_second']:.0f} tokens/s"
+            )
+            self._bar.update(1)
+        return line
+
+    def log_evaluation(self, iteration: int, report: dict[str, Any]) -> None:
+        """Record a held-out evaluation after ``iteration`` iterations (rank 0 writes)."""
+        if self._board is not None:
+            for name in ("loss", "exact_match"):
+                self._board.add_scalar(f"eval/{name}", report["total"][name], iteration)
+            self.say(
+                f"evaluation after {iteration} iterations: loss {report['total']['loss']:.4f}, "
+                f"exact match {report['total']['exact_match']:.1%}"
+            )
+
+    def say(self, text: str) -> None:
+        """Print a line above the progress bar (rank 0)."""
+        if self._bar is not None:
+            self._bar.write(text)
+
+    def close(self) -> None:
+        """End the files and the bar."""
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._bar.close()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory that this process has used: of the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _drop_lines_from(path: Path, start_iteration: int) -> None:
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if _iteration_of(line) < start_iteration]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _iteration_of(line: str) -> float:
+    try:
+        return json.loads(line)["iteration"]
+    except ValueError:  # a line cut short by a kill
+        return float("inf")
