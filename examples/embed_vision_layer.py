@@ -1,6 +1,6 @@
 """One InternViT layer of mmlm inside somebody else's program, on any number of TP ranks.
 
-``python examples/embed_vision_layer.py`` or, with TP 2, ``torchrun --nproc-per-node 2 ...``: 5 heads
+``python examples/embed_vision_layer.py``, or for TP 2 ``torchrun --nproc-per-node 2 ...``: 5 heads
 do not divide by 2, so each rank gets 3 slots and one of the 6 is padding. No trainer is involved.
 """
 
