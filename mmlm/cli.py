@@ -28,6 +28,17 @@ A run that finds a checkpoint in output_dir/checkpoints continues it, in any lay
 """
 
 
+QUIET = (
+    # absence of the optional packages is reported in the start-up summary instead
+    ".*(Transformer Engine|Apex).*not installed",
+    # megatron-core about its own defaults and calls
+    "full scope is deprecated",
+    ".*load_state_dict.* is deprecated",
+    "When using async grad allreduce it is recommended",
+)
+"""Warnings of megatron-core that a user can do nothing about."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line of ``mmlm``."""
     parser = argparse.ArgumentParser(
@@ -80,8 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = build_parser().parse_args(arguments)
     setup_logging()
-    # absence of the optional packages is reported in the start-up summary instead
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|Apex).*not installed")
+    for message in QUIET:
+        warnings.filterwarnings("ignore", message=message)
     rank = int(os.environ.get("RANK", "0"))
     try:
         command = {"train": run_train, "evaluate": run_evaluate}[options.command]

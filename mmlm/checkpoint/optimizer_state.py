@@ -66,14 +66,16 @@ def load_optimizer_state(
         num_steps: optimizer steps done, for Adam's bias correction.
     """
     for index, part in enumerate(_parts(optimizer)):
+        # torch's AdamW counts steps in each parameter, which megatron-core does not expect here
+        counters = {key: state.pop("step", None) for key, state in part.optimizer.state.items()}
         if str(index) in loaded:
             part.load_parameter_state_from_fully_reshardable(loaded[str(index)])
+        for key, counter in counters.items():
+            if counter is not None:
+                part.optimizer.state[key]["step"] = torch.full_like(counter, num_steps)
         for group in part.optimizer.param_groups:
             if "step" in group:  # transformer-engine's FusedAdam counts in the group
                 group["step"] = num_steps
-        for state in part.optimizer.state.values():
-            if "step" in state:  # torch's AdamW counts in each parameter
-                state["step"] = torch.full_like(state["step"], num_steps)
 
 
 def _parts(optimizer: MegatronOptimizer) -> list[DistributedOptimizer]:

@@ -141,7 +141,7 @@ class ParallelConfig:
     pipeline_model_parallel_size: int = 1
     """Ranks that share the list of layers (PP)."""
     pipeline_layout: str = "auto"
-    """Where the flat layer list is cut, e.g. ``vv|vpEt|ttL``; ``auto`` balances parameters' work."""
+    """Where the flat layer list is cut, e.g. ``vv|vpEt|ttL``; ``auto`` balances the work."""
 
     def __post_init__(self) -> None:
         _require(
@@ -287,7 +287,7 @@ class CheckpointConfig:
     """What a run starts from and what it leaves."""
 
     load: str = ""
-    """Checkpoint to take weights from when there is nothing to resume; empty means fresh weights."""
+    """Checkpoint to take weights from when there is nothing to resume; empty: fresh weights."""
     save_interval: int = 200
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
     keep: int = 3
@@ -303,7 +303,7 @@ class BackendConfig:
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Linear layers and norms: megatron-core's own and ours (local) or transformer-engine's."""
     attention_backend: Literal["auto", "sdpa", "flash", "transformer_engine"] = "auto"
-    """Packed attention: torch SDPA a segment at a time, flash-attn varlen, or transformer-engine."""
+    """Packed attention: torch SDPA by segments, flash-attn varlen, or transformer-engine."""
 
 
 @dataclass(frozen=True, kw_only=True)

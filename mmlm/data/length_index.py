@@ -11,6 +11,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def build_index(
         num_workers: processes that measure.
 
     Raises:
-        DataError: the set has no record.
+        DataError: the set has no record, or a process was killed.
     """
     cache_dir.mkdir(parents=True, exist_ok=True)
     path = index_path(annotation_set, tokenizer, settings, cache_dir)
@@ -202,8 +203,14 @@ def _measure_all(
         return
     # Spawned, not forked: the trainer's process has threads (gloo, CUDA) that a fork would break.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        yield from pool.map(_measure_chunk, chunks)
+    try:
+        with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
+            yield from pool.map(_measure_chunk, chunks)
+    except BrokenProcessPool as error:
+        raise DataError(
+            f"a process that measured set '{chunks[0].annotation_set.name}' was killed (out of "
+            f"memory?); lower data.num_workers from {num_workers}"
+        ) from error
 
 
 def _measure_chunk(

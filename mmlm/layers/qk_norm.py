@@ -20,7 +20,7 @@ from mmlm.layers.trimmed_shard import trimmed_factory
 
 
 class FullWidthQKNorm(MegatronModule):
-    """``q / sqrt(mean over all heads of q^2 + eps) * q_weight``, and the same for k with k's weight.
+    """``q / sqrt(mean over all heads of q^2 + eps) * q_weight``, and so for k with k's weight.
 
     The sum of squares is reduced over the TP ranks by an operation whose backward reduces as well:
     every rank's output depends on every rank's q, so the gradient of the statistic is a sum over
