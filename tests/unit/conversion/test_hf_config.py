@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from mmlm.conversion.hf_config import (
     combined_to_hf,
     language_from_hf,

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 import torch
+
 from mmlm.conversion.hf_reader import HFReader
 from mmlm.errors import CheckpointError
 from tests.tiny_weights import write_model_files
@@ -113,7 +114,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(
     torch.save({"a": Code()}, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"x\.pth: .*it holds code, which is never run"):
         HFReader(tmp_path / "x.pth")
-    (tmp_path / "y.pth").write_bytes(pickle.dumps(Code()))
+    (tmp_path / "y.pth").write_bytes(pickle.dumps(Code(), protocol=2))
     with pytest.raises(CheckpointError, match=r"y\.pth"):
         HFReader(tmp_path / "y.pth")
     assert capsys.readouterr().out == ""

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from mmlm.conversion.hf_writer import (
     TensorSpec,
     atomic_folder,
@@ -14,7 +16,6 @@ from mmlm.conversion.hf_writer import (
     write_weights,
 )
 from mmlm.errors import CheckpointError
-from safetensors import safe_open
 from tests.tiny_weights import read_model_files
 
 TENSORS = {
@@ -58,10 +59,13 @@ def test_shards_hold_what_fits():
 
 
 def test_an_error_leaves_nothing(tmp_path: Path):
-    target = tmp_path / "out"
-    with pytest.raises(KeyError), atomic_folder(target, overwrite=False) as folder:
-        (folder / "half").write_text("")
-        raise KeyError
+    def fail_halfway() -> None:
+        with atomic_folder(tmp_path / "out", overwrite=False) as folder:
+            (folder / "half").write_text("")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_halfway()
     assert list(tmp_path.iterdir()) == []
 
 

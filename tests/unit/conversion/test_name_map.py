@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from mmlm.conversion.hf_config import read_parts
 from mmlm.conversion.name_map import TABLE, check_tensors, expand, part_name
 from mmlm.errors import CheckpointError

@@ -2,38 +2,30 @@
 
 import pytest
 import torch
+
 from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, StackedQkv
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def rows(*labels: str) -> torch.Tensor:
-    """One row a label, two columns: the label's number on both."""
-    return torch.tensor([[LABELS[label]] * 2 for label in labels])
-
-
-LABELS = {
-    f"{kind}{head}{row}": 100.0 * "qkvgu".index(kind) + 10.0 * head + row
-    for kind in "qkvgu"
-    for head in range(4)
-    for row in range(2)
-}
+def rows(labels: str) -> torch.Tensor:
+    """One row a label like k10 (kind, head, row): its number, on two columns."""
+    numbers = [100.0 * "qkvgu".index(label[0]) + int(label[1:]) for label in labels.split()]
+    return torch.tensor(numbers)[:, None].expand(-1, 2).contiguous()
 
 
 def test_stacked_qkv_goes_head_by_head():
-    stacked = rows(*"q00 q01 q10 q11 k00 k01 k10 k11 v00 v01 v10 v11".split())
-    by_head = rows(*"q00 q01 k00 k01 v00 v01 q10 q11 k10 k11 v10 v11".split())
+    stacked = rows("q00 q01 q10 q11 k00 k01 k10 k11 v00 v01 v10 v11")
+    by_head = rows("q00 q01 k00 k01 v00 v01 q10 q11 k10 k11 v10 v11")
     rule = StackedQkv(num_attention_heads=2)
     assert torch.equal(rule.to_megatron([stacked]), by_head)
     assert torch.equal(rule.to_hf(by_head)[0], stacked)
 
 
 def test_grouped_qkv_goes_group_by_group():
-    query = rows(*"q00 q01 q10 q11 q20 q21 q30 q31".split())
-    key, value = rows(*"k00 k01 k10 k11".split()), rows(*"v00 v01 v10 v11".split())
-    grouped = rows(
-        *"q00 q01 q10 q11 k00 k01 v00 v01".split(), *"q20 q21 q30 q31 k10 k11 v10 v11".split()
-    )
+    query = rows("q00 q01 q10 q11 q20 q21 q30 q31")
+    key, value = rows("k00 k01 k10 k11"), rows("v00 v01 v10 v11")
+    grouped = rows("q00 q01 q10 q11 k00 k01 v00 v01 q20 q21 q30 q31 k10 k11 v10 v11")
     rule = GroupedQkv(num_query_groups=2, kv_channels=2)
     assert torch.equal(rule.to_megatron([query, key, value]), grouped)
     for found, expected in zip(rule.to_hf(grouped), (query, key, value), strict=True):
@@ -41,8 +33,8 @@ def test_grouped_qkv_goes_group_by_group():
 
 
 def test_gate_comes_before_up():
-    gate, up = rows("g00", "g01"), rows("u00", "u01")
-    both = rows("g00", "g01", "u00", "u01")
+    gate, up = rows("g00 g01"), rows("u00 u01")
+    both = rows("g00 g01 u00 u01")
     assert torch.equal(GateUp().to_megatron([gate, up]), both)
     assert [found.tolist() for found in GateUp().to_hf(both)] == [gate.tolist(), up.tolist()]
 

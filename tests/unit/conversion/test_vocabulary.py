@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from mmlm.conversion.vocabulary import (
     VocabularyPlan,
     grow_embedding,
