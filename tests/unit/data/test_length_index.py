@@ -46,6 +46,10 @@ def build(
     return build_index(entry, tokenizer, settings, cache, **more)
 
 
+def die(_: Any) -> None:
+    os._exit(1)
+
+
 def never(*_: Any) -> None:
     raise AssertionError("measured again")
 
@@ -188,3 +192,18 @@ def test_several_processes_measure_the_same(
     shared = build(tiny, tokenizer, settings, tmp_path / "shared", num_workers=2)
     np.testing.assert_array_equal(shared.columns, alone.columns)
     assert shared.exclusions == alone.exclusions
+
+
+def test_a_process_that_was_killed_is_an_error_and_no_hang(
+    tiny: AnnotationSet,
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(length_index, "_MIN_RECORDS_PER_PROCESS", 2)
+    monkeypatch.setattr(length_index, "_measure_chunk", die)
+    message = r"a process that measured set 'tiny' was killed .*; lower data\.num_workers from 2"
+    with pytest.raises(DataError, match=message):
+        build(tiny, tokenizer, settings, tmp_path / "cache", num_workers=2)
+    assert load_index(tiny, tokenizer, settings, tmp_path / "cache") is None
