@@ -12,12 +12,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.errors import ConfigError
 
 Json = dict[str, Any]
+_Section = TypeVar("_Section")
 
 _REMOTE = "OpenGVLab/InternVL-Chat-V1-2--"
 """Where transformers finds the model's code (``auto_map``); the exported folder holds none."""
@@ -99,7 +100,9 @@ def read_combined(folder: Path) -> HFConfig:
             f"{file}: force_image_size is {forced} and vision_config.image_size "
             f"{vision_config.image_size}: they must be equal"
         )
-    model = ModelConfig(
+    model = _build(
+        ModelConfig,
+        str(file),
         vision=vision_config,
         language=language_from_hf(llm, f"{file}: llm_config"),
         ps_version=content.get("ps_version", "v1"),
@@ -116,7 +119,9 @@ def vision_from_hf(content: Json, where: str) -> VisionConfig:
         where: the file, for messages.
     """
     _check_variants(content, _VISION_VARIANTS, where)
-    return VisionConfig(
+    return _build(
+        VisionConfig,
+        where,
         hidden_size=_get(content, "hidden_size", int, where),
         ffn_hidden_size=_get(content, "intermediate_size", int, where),
         num_layers=_get(content, "num_hidden_layers", int, where),
@@ -142,7 +147,9 @@ def language_from_hf(content: Json, where: str) -> LanguageConfig:
             f"{where}: hidden_size {hidden_size} is not a multiple of num_attention_heads {heads} "
             "and there is no head_dim"
         )
-    return LanguageConfig(
+    return _build(
+        LanguageConfig,
+        where,
         hidden_size=hidden_size,
         ffn_hidden_size=_get(content, "intermediate_size", int, where),
         num_layers=_get(content, "num_hidden_layers", int, where),
@@ -207,6 +214,8 @@ def language_to_hf(config: LanguageConfig, original: Json | None, dtype: str) ->
         }
     else:
         content["rope_theta"] = config.rotary_base
+    # InternVLChatConfig decides by this key which class the LLM is.
+    content.setdefault("architectures", ["LlamaForCausalLM"])
     if "head_dim" in content or config.kv_channels * config.num_attention_heads != (
         config.hidden_size
     ):
@@ -264,6 +273,14 @@ def read_json(file: Path) -> Json:
     if not isinstance(content, dict):
         raise ConfigError(f"{file}: must be a json object, is {type(content).__name__}")
     return content
+
+
+def _build(kind: type[_Section], where: str, **values: Any) -> _Section:
+    """Make a section of the config; what it refuses is reported with the file."""
+    try:
+        return kind(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _rope(content: Json, where: str) -> Mapping[str, Any]:
