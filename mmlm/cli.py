@@ -35,6 +35,7 @@ QUIET = (
     "full scope is deprecated",
     ".*load_state_dict.* is deprecated",
     "When using async grad allreduce it is recommended",
+    ".*torch.distributed.* is deprecated",
 )
 """Warnings of megatron-core that a user can do nothing about."""
 

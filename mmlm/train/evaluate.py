@@ -11,6 +11,7 @@ from tqdm import tqdm
 from mmlm.config.schema import ModelConfig, RunConfig
 from mmlm.data.dataset import Dataset
 from mmlm.data.loader import BatchLoader
+from mmlm.data.packing import packing_cost
 from mmlm.data.planners import EvaluationPlanner
 from mmlm.parallel.topology import Topology
 from mmlm.train.forward_step import SampleScore, evaluation_forward_step
@@ -48,6 +49,7 @@ def evaluate(
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=topology.dp_size,
+        cost=packing_cost(sizes),
     )
     was_training = model.training
     model.eval()

@@ -8,6 +8,7 @@ from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
 from mmlm.config.schema import RunConfig
 from mmlm.data.loader import BatchLoader
+from mmlm.data.packing import packing_cost
 from mmlm.data.planners import TrainPlanner
 from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
@@ -61,6 +62,7 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=topology.dp_size,
         loss_weight=config.train.loss_weight,
+        cost=packing_cost(start.model),
     )
     train_iters = train_iterations(config, planner)
     state = build_training(config, start, topology, backend, dataset, train_iters)

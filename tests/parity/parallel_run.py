@@ -169,9 +169,7 @@ def train_parallel(
 ) -> ParallelRun | None:
     """Train; called by every rank of a world of ``layout.world_size``."""
     topology = initialize(
-        ParallelConfig(
-            tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp
-        )
+        ParallelConfig(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
     )
     config = ModelConfig(
         vision=vision_from_hf(hf_config["vision_config"], "tiny"),
@@ -188,9 +186,7 @@ def train_parallel(
     scheduler = make_scheduler(optimizer, optimizer_config, max(num_iterations, 1))
 
     def inputs(iteration: int) -> tuple[Any, list[Batch]]:
-        step = training_forward_step(
-            config, topology.device, seed=train.seed, iteration=iteration
-        )
+        step = training_forward_step(config, topology.device, seed=train.seed, iteration=iteration)
         first = plan.chunks[topology.pp_rank].has_vision_embedding
         return step, rank_batches(samples, iteration, layout, topology, train, first)
 
