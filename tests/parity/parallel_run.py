@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from torch import Tensor
 
 from mmlm.config.schema import (
@@ -197,7 +200,7 @@ def train_parallel(
     for iteration in range(num_iterations):
         step, batches = inputs(iteration)
         results.append(train_step(model, optimizer, scheduler, step, batches, topology))
-    final = gather_tensors(_main_shards(chunk, topology))
+    final = gather_tensors(main_shards(chunk, topology))
     zero = torch.tensor(float(_padding_is_zero(chunk)))
     torch.distributed.all_reduce(zero, op=torch.distributed.ReduceOp.MIN)
     if topology.rank:
@@ -212,11 +215,8 @@ def train_parallel(
     )
 
 
-def _main_shards(chunk: torch.nn.Module, topology: Topology) -> list[Any]:
-    from megatron.core.dist_checkpointing import ShardedTensor
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
-
+def main_shards(chunk: torch.nn.Module, topology: Topology) -> list[ShardedTensor]:
+    """This rank's blocks of the weights; each element of the model is in one rank's list."""
     state = model_state(chunk, topology.groups, prefix="")
     apply_factories(state)
     return [
