@@ -240,6 +240,7 @@ class TrainConfig:
                     self.train_iters is None or self.train_iters >= 1
                 ),
                 f"epochs {self.epochs} must be at least 1": self.epochs >= 1,
+                f"seed {self.seed} must be at least 0": self.seed >= 0,
             },
         )
 
@@ -272,9 +273,16 @@ class OptimizerConfig:
             "optimizer",
             {
                 f"lr {self.lr} must be positive": self.lr > 0,
+                f"min_lr {self.min_lr} must be from 0 to lr {self.lr}": (
+                    0.0 <= self.min_lr <= self.lr
+                ),
                 f"lr_warmup_fraction {self.lr_warmup_fraction} must be in [0, 1)": (
                     0.0 <= self.lr_warmup_fraction < 1.0
                 ),
+                f"weight_decay {self.weight_decay} must be at least 0": self.weight_decay >= 0,
+                f"adam_beta1 {self.adam_beta1} must be in [0, 1)": 0.0 <= self.adam_beta1 < 1.0,
+                f"adam_beta2 {self.adam_beta2} must be in [0, 1)": 0.0 <= self.adam_beta2 < 1.0,
+                f"clip_grad {self.clip_grad} must be at least 0": self.clip_grad >= 0,
                 f"decay '{self.decay}' must be all, matrices_only or huggingface": (
                     self.decay in ("all", "matrices_only", "huggingface")
                 ),
@@ -292,6 +300,15 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
     keep: int = 3
     """Newest checkpoints kept; older ones are deleted after a new one is complete. 0: all."""
+
+    def __post_init__(self) -> None:
+        _require(
+            "checkpoint",
+            {
+                f"save_interval {self.save_interval} must be at least 0": self.save_interval >= 0,
+                f"keep {self.keep} must be at least 0": self.keep >= 0,
+            },
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
