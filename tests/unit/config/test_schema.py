@@ -1,0 +1,148 @@
+"""Every rule of a section has a case that breaks it, and derived numbers are the published ones."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from mmlm.config.presets import internvl_chat_v1_2, tiny
+from mmlm.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from mmlm.errors import ConfigError
+
+
+def vision(**changes: Any) -> object:
+    """The tiny tower with some fields changed."""
+    return dataclasses.replace(tiny().vision, **changes)
+
+
+def language(**changes: Any) -> object:
+    """The tiny decoder with some fields changed."""
+    return dataclasses.replace(tiny().language, **changes)
+
+
+def model(**changes: Any) -> object:
+    """The tiny model with some fields changed."""
+    return dataclasses.replace(tiny(), **changes)
+
+
+def test_derived_numbers_of_the_published_model() -> None:
+    sizes = internvl_chat_v1_2()
+    assert sizes.vision.kv_channels == 128
+    assert sizes.vision.grid_size == 32
+    assert sizes.vision.tokens_per_image == 1025
+    assert sizes.vision.embeddings_per_image == 256
+    assert sizes.projection_input_size == 12800
+
+
+def test_fields_cannot_be_overwritten() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().train.seed = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "message"),
+    [
+        (
+            vision,
+            {"num_attention_heads": 7},
+            "vision: hidden_size 40 must be a multiple of num_attention_heads 7",
+        ),
+        (vision, {"image_size": 42}, "image_size // patch_size = 3 must be even and positive"),
+        (vision, {"image_size": 13}, "image_size // patch_size = 0 must be even and positive"),
+        (vision, {"num_layers": 0}, "vision: num_layers 0 must be at least 1"),
+        (
+            language,
+            {"num_query_groups": 3},
+            "language: num_attention_heads 4 must be a multiple of num_query_groups 3",
+        ),
+        (language, {"num_layers": 0}, "language: num_layers 0 must be at least 1"),
+        (language, {"kv_channels": 11}, "kv_channels 11 must be even for RoPE"),
+        (model, {"ps_version": "v3"}, "model: ps_version 'v3' must be v1 or v2"),
+        (
+            ParallelConfig,
+            {"tensor_model_parallel_size": 0},
+            "parallel: tensor_model_parallel_size 0 must be at least 1",
+        ),
+        (
+            ParallelConfig,
+            {"pipeline_model_parallel_size": -1},
+            "parallel: pipeline_model_parallel_size -1 must be at least 1",
+        ),
+        (DataConfig, {"seq_length": 7}, "data: seq_length 7 must be at least 8"),
+        (DataConfig, {"policy": "zero"}, "data: policy 'zero' must be strict or skip"),
+        (DataConfig, {"num_workers": 0}, "data: num_workers 0 must be at least 1"),
+        (TrainConfig, {"global_batch_size": 0}, "train: global_batch_size 0 must be at least 1"),
+        (TrainConfig, {"micro_batch_size": 0}, "train: micro_batch_size 0 must be at least 1"),
+        (TrainConfig, {"dtype": "fp16"}, "train: dtype 'fp16' must be bf16 or fp32"),
+        (
+            TrainConfig,
+            {"loss_weight": "mean"},
+            "train: loss_weight 'mean' must be token, sample or square",
+        ),
+        (
+            TrainConfig,
+            {"vision_drop_path_rate": 1.0},
+            "train: vision_drop_path_rate 1.0 must be in [0, 1)",
+        ),
+        (
+            TrainConfig,
+            {
+                "freeze_vision_model": True,
+                "freeze_vision_projection": True,
+                "freeze_language_model": True,
+            },
+            "train: all three parts are frozen: nothing would be trained",
+        ),
+        (TrainConfig, {"train_iters": 0}, "train: train_iters 0 must be at least 1"),
+        (TrainConfig, {"epochs": 0}, "train: epochs 0 must be at least 1"),
+        (TrainConfig, {"seed": -1}, "train: seed -1 must be at least 0"),
+        (OptimizerConfig, {"lr": 0.0}, "optimizer: lr 0.0 must be positive"),
+        (OptimizerConfig, {"lr": float("nan")}, "optimizer: lr nan must be positive"),
+        (
+            OptimizerConfig,
+            {"lr": 1e-5, "min_lr": 2e-5},
+            "optimizer: min_lr 2e-05 must be from 0 to lr 1e-05",
+        ),
+        (OptimizerConfig, {"min_lr": -1.0}, "optimizer: min_lr -1.0 must be from 0 to lr"),
+        (
+            OptimizerConfig,
+            {"lr_warmup_fraction": 1.0},
+            "optimizer: lr_warmup_fraction 1.0 must be in [0, 1)",
+        ),
+        (OptimizerConfig, {"weight_decay": -0.1}, "weight_decay -0.1 must be at least 0"),
+        (OptimizerConfig, {"adam_beta1": 1.0}, "adam_beta1 1.0 must be in [0, 1)"),
+        (OptimizerConfig, {"adam_beta2": -0.1}, "adam_beta2 -0.1 must be in [0, 1)"),
+        (OptimizerConfig, {"clip_grad": -1.0}, "clip_grad -1.0 must be at least 0"),
+        (
+            OptimizerConfig,
+            {"decay": "some"},
+            "optimizer: decay 'some' must be all, matrices_only or huggingface",
+        ),
+        (CheckpointConfig, {"keep": -1}, "checkpoint: keep -1 must be at least 0"),
+        (CheckpointConfig, {"save_interval": -1}, "save_interval -1 must be at least 0"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else None,
+)
+def test_broken_rule_is_named(
+    section: Callable[..., object], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        section(**changes)
+    assert message in str(caught.value)
+
+
+def test_all_broken_rules_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(global_batch_size=0, epochs=0, dtype="fp16")  # type: ignore[arg-type]
+    assert str(caught.value) == (
+        "train: global_batch_size 0 must be at least 1; dtype 'fp16' must be bf16 or fp32; "
+        "epochs 0 must be at least 1"
+    )
