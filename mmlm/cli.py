@@ -11,7 +11,7 @@ from pathlib import Path
 from mmlm.config.checks import check_run
 from mmlm.config.load import apply_overrides, load_recipe
 from mmlm.config.schema import RunConfig
-from mmlm.errors import ConfigError, DataError, MmlmError
+from mmlm.errors import ConfigError, MmlmError
 from mmlm.log import get_logger, setup_logging
 
 TRAIN_EPILOG = """\
@@ -99,8 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = {"train": run_train, "evaluate": run_evaluate}[options.command]
         command(options)
     except MmlmError as error:
-        # configuration and checkpoint errors are the same on every rank; data errors may not be
-        if rank == 0 or isinstance(error, DataError):
+        if rank == 0 or not error.on_every_rank:
             get_logger().error(f"error: {error}")
         if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
             sys.stderr.flush()

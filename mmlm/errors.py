@@ -9,6 +9,9 @@ is a bug of ours and keeps its traceback.
 class MmlmError(Exception):
     """Base of every error that a user can cause and mend."""
 
+    on_every_rank = True
+    """Whether all ranks raise it together, so that one of them printing it is enough."""
+
 
 class ConfigError(MmlmError, ValueError):
     """A setting, a layout or a model size that breaks a rule."""
@@ -20,3 +23,5 @@ class CheckpointError(MmlmError):
 
 class DataError(MmlmError):
     """A meta file, annotation line, image or tokenizer that cannot be used."""
+
+    on_every_rank = False

@@ -27,6 +27,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
         try:
             outcome[0] = function()
         except MmlmError as error:
+            error.on_every_rank = True
             outcome[1] = error
     dist.broadcast_object_list(outcome, src=0)
     if isinstance(outcome[1], MmlmError):

@@ -32,7 +32,7 @@ def evaluate_checkpoint(
     """
     start = on_rank_zero(lambda: _start(Path(config.checkpoint.load)))
     config = replace(config, data=replace(config.data, meta=meta))
-    tokenizer = load_tokenizer(config, start)
+    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start))
     check_data(config, start, tokenizer)
     dataset = open_data(config, meta, start.model, tokenizer)
     _, chunk = build_chunk(config, start, topology, backend, dataset)

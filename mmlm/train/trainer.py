@@ -46,7 +46,7 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
     """
     start = on_rank_zero(lambda: find_start(config))
     output_dir = Path(config.output_dir)
-    tokenizer = load_tokenizer(config, start)
+    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start))
     check_data(config, start, tokenizer)
     dataset = open_data(config, config.data.meta, start.model, tokenizer)
     held_out = (
