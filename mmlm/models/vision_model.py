@@ -86,6 +86,7 @@ class InternVisionModel(MegatronModule):
             [t, 1, h].
         """
         if self.pre_process:
+            assert pixel_values is not None, "the loader gives pixels to the first stage"
             stream = self._embed(pixel_values)
         return self.decoder(hidden_states=stream, attention_mask=None, packed_seq_params=images)
 

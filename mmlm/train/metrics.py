@@ -43,22 +43,9 @@ class MetricsLog:
     ) -> None:
         self._topology = topology
         self._clock = time.perf_counter()
-        self._file = self._board = self._bar = None
+        self._outputs: _Outputs | None = None
         if topology.rank == 0:
-            path = output_dir / METRICS_FILE
-            _drop_lines_from(path, start_iteration)
-            self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(
-                str(output_dir / "tensorboard"), purge_step=start_iteration or None
-            )
-            self._bar = tqdm(
-                total=train_iters,
-                initial=start_iteration,
-                unit="it",
-                desc="train",
-                disable=not show_progress,
-                dynamic_ncols=True,
-            )
+            self._outputs = _Outputs(output_dir, start_iteration, train_iters, show_progress)
 
     def restart_clock(self) -> None:
         """Leave what happened since the last iteration (evaluation, saving) out of the speed."""
@@ -103,24 +90,15 @@ class MetricsLog:
             "images_per_pack": plan.num_images / plan.num_rows,
             "peak_memory_bytes": int(memory),
         }
-        if self._file is not None:
-            self._file.write(json.dumps(line) + "\n")
-            self._file.flush()
-            for name, value in line.items():
-                if name != "iteration":
-                    self._board.add_scalar(f"train/{name}", value, plan.iteration)
-            self._bar.set_postfix_str(
-                f"loss {result.loss:.4f}, lr {result.learning_rate:.2e}, "
-                f"norm {result.grad_norm:.2f}, {line['tokens_per_second']:.0f} tokens/s"
-            )
-            self._bar.update(1)
+        if self._outputs is not None:
+            self._outputs.write(line)
         return line
 
     def log_evaluation(self, iteration: int, report: dict[str, Any]) -> None:
         """Record a held-out evaluation after ``iteration`` iterations (rank 0 writes)."""
-        if self._board is not None:
+        if self._outputs is not None:
             for name in ("loss", "exact_match"):
-                self._board.add_scalar(f"eval/{name}", report["total"][name], iteration)
+                self._outputs.board.add_scalar(f"eval/{name}", report["total"][name], iteration)
             self.say(
                 f"evaluation after {iteration} iterations: loss {report['total']['loss']:.4f}, "
                 f"exact match {report['total']['exact_match']:.1%}"
@@ -128,15 +106,49 @@ class MetricsLog:
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar (rank 0)."""
-        if self._bar is not None:
-            self._bar.write(text)
+        if self._outputs is not None:
+            self._outputs.bar.write(text)
 
     def close(self) -> None:
         """End the files and the bar."""
-        if self._file is not None:
-            self._file.close()
-            self._board.close()
-            self._bar.close()
+        if self._outputs is not None:
+            self._outputs.file.close()
+            self._outputs.board.close()
+            self._outputs.bar.close()
+
+
+class _Outputs:
+    """The files and the bar of rank 0."""
+
+    def __init__(
+        self, output_dir: Path, start_iteration: int, train_iters: int, show_progress: bool
+    ) -> None:
+        path = output_dir / METRICS_FILE
+        _drop_lines_from(path, start_iteration)
+        self.file = path.open("a", encoding="utf-8")
+        self.board = SummaryWriter(
+            str(output_dir / "tensorboard"), purge_step=start_iteration or None
+        )
+        self.bar = tqdm(
+            total=train_iters,
+            initial=start_iteration,
+            unit="it",
+            desc="train",
+            disable=not show_progress,
+            dynamic_ncols=True,
+        )
+
+    def write(self, line: dict[str, Any]) -> None:
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in line.items():
+            if name != "iteration":
+                self.board.add_scalar(f"train/{name}", value, line["iteration"])
+        self.bar.set_postfix_str(
+            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
+            f"norm {line['grad_norm']:.2f}, {line['tokens_per_second']:.0f} tokens/s"
+        )
+        self.bar.update(1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
