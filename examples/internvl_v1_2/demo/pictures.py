@@ -34,7 +34,7 @@ BACKGROUNDS: dict[str, Rgb] = {
 }
 """Plain backgrounds that captions name."""
 
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+SHAPES = ("circle", "square", "triangle", "cross")
 """Shapes that `draw_shape` knows."""
 
 
@@ -66,10 +66,6 @@ def draw_shape(
             [(x, y - radius), (x - radius, y + radius * 0.8), (x + radius, y + radius * 0.8)],
             fill=colour,
         )
-    elif shape == "star":
-        outer = regular_polygon(centre, radius * 1.1, 5, 0.0)
-        inner = regular_polygon(centre, radius * 0.45, 5, math.pi / 5)
-        draw.polygon([p for pair in zip(outer, inner, strict=True) for p in pair], fill=colour)
     else:
         arm = radius * 0.3
         draw.rectangle((x - radius, y - arm, x + radius, y + arm), fill=colour)
@@ -83,7 +79,7 @@ def _canvas(background: Rgb, width: int = SIDE, height: int = SIDE) -> Image.Ima
 def one_object(shape: str, colour: str, background: str, rng: random.Random) -> Image.Image:
     """Return one large object on a plain background, near the middle."""
     picture = _canvas(tint(BACKGROUNDS[background], rng))
-    centre = (SIDE / 2 + rng.uniform(-10, 10), SIDE / 2 + rng.uniform(-10, 10))
+    centre = (SIDE / 2 + rng.uniform(-8, 8), SIDE / 2 + rng.uniform(-8, 8))
     fill = tint(COLOURS[colour], rng)
     draw_shape(ImageDraw.Draw(picture), shape, centre, rng.uniform(34, 42), fill)
     return picture
@@ -93,9 +89,9 @@ def two_objects(objects: Sequence[tuple[str, str]], rng: random.Random) -> Image
     """Return two objects, left and right; each is (shape, colour)."""
     picture = _canvas(tint(BACKGROUNDS["white"], rng, 8))
     draw = ImageDraw.Draw(picture)
-    for (shape, colour), x in zip(objects, (SIDE * 0.26, SIDE * 0.74), strict=True):
-        centre = (x + rng.uniform(-3, 3), SIDE / 2 + rng.uniform(-14, 14))
-        draw_shape(draw, shape, centre, rng.uniform(22, 26), tint(COLOURS[colour], rng))
+    for (shape, colour), x in zip(objects, (SIDE * 0.25, SIDE * 0.75), strict=True):
+        centre = (x + rng.uniform(-2, 2), SIDE / 2 + rng.uniform(-6, 6))
+        draw_shape(draw, shape, centre, rng.uniform(23, 26), tint(COLOURS[colour], rng))
     return picture
 
 
@@ -171,7 +167,7 @@ def arrow_diagram(
     """Return two objects (shape, colour) and a black arrow from one to the other."""
     picture = _canvas(tint(BACKGROUNDS["white"], rng, 8), 144, 112)
     draw = ImageDraw.Draw(picture)
-    y = 56 + rng.uniform(-8, 8)
+    y = 56 + rng.uniform(-4, 4)
     for (shape, colour), x in ((left, 26), (right, 118)):
         draw_shape(draw, shape, (x, y), rng.uniform(21, 24), tint(COLOURS[colour], rng))
     tail, tip = (54, 90) if to_right else (90, 54)

@@ -27,7 +27,6 @@ SHAPES_ZH = {
     "circle": "圆形",
     "square": "正方形",
     "triangle": "三角形",
-    "star": "五角星",
     "cross": "十字形",
 }
 SIDES_ZH = {3: "三条", 4: "四条", 5: "五条", 6: "六条"}
@@ -165,6 +164,8 @@ def diagram(rng: random.Random, held_out: bool) -> Example:
     turns = [
         ("Which shape does the arrow point to?", end[0]),
         ("Which shape does the arrow start from?", start[0]),
+        ("Which colour does the arrow point to?", end[1]),
+        ("Which colour does the arrow start from?", start[1]),
     ]
     picture = pictures.arrow_diagram(left, right, to_right, rng)
     return _dialogue(picture, rng, turns, held_out)

@@ -12,14 +12,10 @@ from pathlib import Path
 
 import sentencepiece
 
+from mmlm.data.conversation import SYSTEM_MESSAGE
+
 MARKS = ("<|Human|>", "<|Assistant|>", "<|System|>", "<|im_start|>", "<|im_end|>", "\n")
 """User-defined pieces, in order from id 3, as in Yi (whose newline has a later id)."""
-
-SYSTEM_MESSAGE = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，"
-    "英文名叫InternVL, 是一个有用无害的人工智能助手。"
-)
-"""Default system message of the Hermes-2 template."""
 
 ROLE_TEXTS = ("system\n" + SYSTEM_MESSAGE, "user\n", "assistant\n")
 """What the template adds around every conversation; trained on so that it becomes few tokens."""
