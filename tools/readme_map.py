@@ -43,7 +43,7 @@ def mapped_files(root: Path) -> list[Path]:
         path
         for folder in FOLDERS
         for path in (root / folder).rglob("*")
-        if path.suffix in (".py", ".sh") and path.name != "__init__.py"
+        if path.suffix in (".py", ".sh", ".sbatch") and path.name != "__init__.py"
     ]
 
     def place(path: Path) -> tuple[int, Path, str]:
