@@ -384,8 +384,9 @@ run_slurm() {
 
 # One of these runs on each node; together they are one torch.distributed job.
 run_node() {
-    local first
-    first=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}" | head -n 1)
+    local hosts first
+    hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
+    first="${hosts%%$'\n'*}"
     make_full_words
     exec python -m torch.distributed.run --nnodes "${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}" \
         --node-rank "$SLURM_NODEID" --nproc-per-node "$GPUS_PER_NODE" --master-addr "$first" \
@@ -418,4 +419,5 @@ main() {
     esac
 }
 
-main "$@"
+# One line, so that editing this file does not disturb a run.
+main "$@"; exit

@@ -201,3 +201,12 @@ def test_slurm_script_hands_over(tools: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "--nodes=8 --ntasks=8" in result.stderr
     assert "--cpus-per-task=80" in result.stderr
+
+
+def test_failure_of_the_training_is_the_script_s(tools: Path, tmp_path: Path) -> None:
+    eight_gpus(tools)
+    put(tools, "python", 'echo "error: no" >&2; exit 1')
+    result = run(tools, **converted(tmp_path))
+    assert result.returncode == 1
+    assert "error: no" in result.stderr
+    assert "checkpoints:" not in result.stderr  # what a finished run says
