@@ -1,7 +1,7 @@
 """The q/k norm over all heads of all TP ranks, 5 heads, against plain torch on one process.
 
-What each wrong version does is measured: without the backward sum the gradients of q are off by 8 %
-of their largest, with q's weight for k by 100 %, with the padded width in the mean by 26 % (TP 4).
+Planted and seen to fail here: a statistic without the backward sum (gradients off by 0.4), a mean
+over the padded width (outputs off by 0.3 at TP 2, 0.9 at TP 4), q's weight for k.
 """
 
 import pytest
