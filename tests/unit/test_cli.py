@@ -1,0 +1,183 @@
+"""The command line: help, one line for what a user can mend, and what the commands call."""
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mmlm import cli
+from mmlm.config.schema import RunConfig
+from mmlm.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """
+from mmlm.config.presets import tiny
+from mmlm.config.schema import DataConfig, RunConfig
+
+def small():
+    return RunConfig(model=tiny(), data=DataConfig(meta="gone.json", tokenizer="t"))
+"""
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Rank 0 of one; the logger is left as it was found."""
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    logger = logging.getLogger("mmlm")
+    before = (logger.handlers[:], logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    """A recipe whose meta file is missing."""
+    file = tmp_path / "some_recipe.py"
+    file.write_text(RECIPE)
+    return f"{file}:small"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--help"], ["train", "evaluate", "3D-parallel training"]),
+        (["train", "--help"], ["--recipe FILE:FUNCTION", "--set a.b=c", "torchrun"]),
+        (["evaluate", "--help"], ["--load", "--data", "--output", "--set"]),
+    ],
+)
+def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in words)
+
+
+@pytest.mark.parametrize("arguments", [[], ["tran"], ["train"], ["evaluate", "--load", "x"]])
+def test_misuse_is_explained_by_argparse(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: mmlm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train", "--recipe", "gone.py:f"], "error: --recipe: the file 'gone.py' does not exist"),
+        (
+            ["train", "--recipe", "{recipe}", "--set", "trian.seed=1"],
+            "error: --set trian.seed: there is no field 'trian'; the nearest is 'train'",
+        ),
+        (
+            ["train", "--recipe", "{recipe}"],
+            "error: data.meta: the file 'gone.json' does not exist",
+        ),
+        (
+            ["evaluate", "--load", "x", "--data", "gone.json"],
+            "error: --data: the file 'gone.json' does not exist",
+        ),
+    ],
+)
+def test_mendable_errors_are_one_line(
+    arguments: list[str], line: str, recipe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([word.format(recipe=recipe) for word in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(line) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "printed"), [(DataError("line 3 of a.jsonl"), True), (None, False)]
+)
+def test_other_ranks_print_only_what_rank_zero_may_not_know(
+    error: DataError | None,
+    printed: bool,
+    recipe: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    if error is not None:
+        monkeypatch.setattr(cli, "run_train", lambda options: (_ for _ in ()).throw(error))
+    assert cli.main(["train", "--recipe", recipe]) == 1
+    assert capsys.readouterr().err == ("[rank 2] error: line 3 of a.jsonl\n" if printed else "")
+
+
+def test_bugs_keep_their_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "run_train", lambda options: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "--recipe", recipe])
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Put recorders where the work would be done."""
+    from mmlm.parallel import topology
+    from mmlm.train import evaluation_run, trainer
+
+    done: list[Any] = []
+    place = SimpleNamespace(rank=0)
+
+    def evaluate(config: RunConfig, meta: str, *rest: Any) -> dict[str, Any]:
+        done.append(("evaluate", config, meta))
+        return {"total": {"loss": 0.5}, "sets": {"bücher": {}}}
+
+    monkeypatch.setattr(topology, "initialize", lambda parallel: done.append(parallel) or place)
+    monkeypatch.setattr(topology, "destroy", lambda: done.append("destroy"))
+    monkeypatch.setattr(trainer, "train", lambda config, *rest: done.append(("train", config)))
+    monkeypatch.setattr(evaluation_run, "evaluate_checkpoint", evaluate)
+    return done
+
+
+def test_train_hands_on_the_overridden_recipe(
+    calls: list[Any], recipe: str, tmp_path: Path
+) -> None:
+    meta = tmp_path / "meta.json"
+    meta.write_text("{}")
+    options = ["--set", f"data.meta={meta}", "--set", "parallel.tensor_model_parallel_size=2"]
+    assert cli.main(["train", "--recipe", recipe, *options]) == 0
+    parallel, (command, config), end = calls
+    assert command == "train" and end == "destroy"
+    assert config.parallel == parallel and parallel.tensor_model_parallel_size == 2
+    assert config.data.meta == str(meta)
+
+
+def test_evaluate_prints_and_writes_the_report(
+    calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    meta, output = tmp_path / "held_out.json", tmp_path / "report.json"
+    meta.write_text("{}")
+    arguments = ["--load", "some/checkpoints", "--data", str(meta), "--output", str(output)]
+    assert cli.main(["evaluate", *arguments, "--set", "data.seq_length=64"]) == 0
+    _, (command, config, given), end = calls
+    assert (command, given, end) == ("evaluate", str(meta), "destroy")
+    assert config.checkpoint.load == "some/checkpoints" and config.data.seq_length == 64
+    printed = capsys.readouterr().out
+    assert output.read_text("utf-8") == printed and "bücher" in printed
+    assert json.loads(printed)["total"] == {"loss": 0.5}
+
+
+def test_help_and_wrong_settings_need_no_megatron() -> None:
+    """Nobody waits seconds for imports to read that a file is missing."""
+    program = (
+        "import sys; from mmlm.cli import main; code = main(['train', '--recipe', 'gone.py:f']);"
+        "sys.exit(code if not {'megatron', 'torch'} & sys.modules.keys() else 9)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1, result.stderr
+    assert result.stderr == "error: --recipe: the file 'gone.py' does not exist\n"
