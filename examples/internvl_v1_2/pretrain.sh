@@ -204,8 +204,23 @@ make_run_words() {
     )
 }
 
+# Starts one process a GPU (or core). torch.distributed.run ends a failure with a page of its own, so
+# the line that says what is wrong is repeated as the last one.
 on_this_machine() {
-    python -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m mmlm "$@"
+    local messages status=0 cause
+    messages=$(mktemp)
+    python -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m mmlm "$@" \
+        2> >(tee "$messages" >&2) || status=$?
+    if ((status)); then
+        sleep 0.5 # tee may still be writing
+        cause=$(tr '\r' '\n' <"$messages" | grep -A 12 -m 1 '^\(\[rank [0-9]*\] \)\?error: ' |
+            sed '/^[^ ]*Traceback/,$d; /^[WE][0-9]\{4\} /,$d' || true)
+        rm -f "$messages"
+        say "mmlm $1 failed${cause:+:
+$cause}"
+        return "$status"
+    fi
+    rm -f "$messages"
 }
 
 start_afresh() {

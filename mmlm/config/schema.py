@@ -258,7 +258,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay."""
     decay: Literal["all", "matrices_only", "huggingface"] = "all"
-    """Which parameters decay; the published run decays all (see docs/recipe.md)."""
+    """Which parameters decay; the published run decays all."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
