@@ -6,11 +6,11 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mmlm.config.checks import check_run
 from mmlm.config.load import apply_overrides, load_recipe
-from mmlm.config.schema import RunConfig
 from mmlm.errors import ConfigError, MmlmError
 from mmlm.log import get_logger, setup_logging
 
@@ -69,7 +69,8 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool) ->
         "--recipe",
         required=required,
         metavar="FILE:FUNCTION",
-        help="python file and the function in it that returns the RunConfig",
+        help="python file and the function in it that returns the RunConfig"
+        + ("" if required else " (default: the settings that the checkpoint was trained with)"),
     )
     parser.add_argument(
         "--set",
@@ -108,22 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def resolve_config(options: argparse.Namespace) -> RunConfig:
-    """The recipe with its overrides, or the defaults where there is no recipe."""
-    config = load_recipe(options.recipe) if options.recipe else RunConfig()
-    return apply_overrides(config, options.overrides)
-
-
 def run_train(options: argparse.Namespace) -> None:
     """``mmlm train``."""
-    config = resolve_config(options)
+    config = apply_overrides(load_recipe(options.recipe), options.overrides)
     check_run(config)
     # imported here: --help and configuration errors need no megatron
     from mmlm.parallel import topology
     from mmlm.parallel.backend import resolve_backend
     from mmlm.train.trainer import train
 
-    backend = resolve_backend(config.backend)
+    backend = resolve_backend(config.backend, config.train.dtype)
     place = topology.initialize(config.parallel)
     train(config, place, backend)
     topology.destroy()
@@ -131,17 +126,21 @@ def run_train(options: argparse.Namespace) -> None:
 
 def run_evaluate(options: argparse.Namespace) -> None:
     """``mmlm evaluate``."""
-    from dataclasses import replace
-
-    config = resolve_config(options)
-    config = replace(config, checkpoint=replace(config.checkpoint, load=options.load))
     if not Path(options.data).is_file():
         raise ConfigError(f"--data: the file '{options.data}' does not exist")
+    if options.output:
+        try:
+            Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--output {options.output}: {error.strerror}") from error
     from mmlm.parallel import topology
     from mmlm.parallel.backend import resolve_backend
-    from mmlm.train.evaluation_run import evaluate_checkpoint
+    from mmlm.train.evaluation_run import evaluate_checkpoint, settings_of
 
-    backend = resolve_backend(config.backend)
+    config = load_recipe(options.recipe) if options.recipe else settings_of(Path(options.load))
+    config = apply_overrides(config, options.overrides)
+    config = replace(config, checkpoint=replace(config.checkpoint, load=options.load))
+    backend = resolve_backend(config.backend, config.train.dtype)
     place = topology.initialize(config.parallel)
     report = evaluate_checkpoint(config, options.data, place, backend)
     if place.rank == 0:

@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.config.load import from_json
+from mmlm.config.schema import ModelConfig
 from mmlm.errors import CheckpointError, ConfigError
 
 MANIFEST_FILE = "mmlm.json"
@@ -42,6 +43,8 @@ class Manifest:
     """Sizes of the model."""
     run_config: dict[str, Any] | None
     """The resolved configuration of the run as JSON; None for converted weights."""
+    data: dict[str, int] | None = None
+    """What the run trains on, for comparison on resume: usable samples of each set, and tokens."""
     has_optimizer: bool
     """Whether a training can be resumed exactly, or only started from the weights."""
     format_version: int = FORMAT_VERSION
@@ -73,20 +76,9 @@ class Manifest:
                 f"{FORMAT_VERSION}"
             )
         try:
-            return cls(**{**content, "model": model_config_from_json(content["model"])})
+            return cls(**{**content, "model": from_json(ModelConfig, content["model"])})
         except (KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file}: damaged: {error}") from error
-
-
-def model_config_from_json(content: dict[str, Any]) -> ModelConfig:
-    """Rebuild a ModelConfig from what `dataclasses.asdict` made of it."""
-    return ModelConfig(
-        **{
-            **content,
-            "vision": VisionConfig(**content["vision"]),
-            "language": LanguageConfig(**content["language"]),
-        }
-    )
 
 
 def iteration_name(iteration: int) -> str:
@@ -115,6 +107,8 @@ def resolve(path: Path) -> Path:
     if (path / MANIFEST_FILE).is_file():
         return path
     latest = path / LATEST_FILE
+    if not latest.is_file() and iterations(path):
+        return iterations(path)[-1]  # killed between the first checkpoint and naming it
     if not latest.is_file():
         found = "does not exist" if not path.exists() else "holds neither"
         raise CheckpointError(

@@ -13,17 +13,19 @@ def check_run(config: RunConfig) -> None:
         ConfigError: with every broken rule.
     """
     problems = []
+    own = Path(config.output_dir) / "checkpoints"
+    has_source = bool(config.checkpoint.load) or (own.is_dir() and any(own.glob("iter_*")))
     if not config.data.meta:
         problems.append("data.meta is empty: give the meta json of the sets to train on")
     for name, file in (("data.meta", config.data.meta), ("eval_meta", config.eval_meta)):
         if file and not Path(file).is_file():
             problems.append(f"{name}: the file '{file}' does not exist")
-    if config.model is None and not config.checkpoint.load:
+    if config.model is None and not has_source:
         problems.append(
             "model is not given and checkpoint.load is empty: sizes come from one of them; convert "
             "weights with tools/checkpoint_convert/hf_to_megatron.py or use a preset"
         )
-    if not config.checkpoint.load and not config.data.tokenizer:
+    if not has_source and not config.data.tokenizer:
         problems.append(
             "data.tokenizer is empty and no checkpoint.load is given to take one from: name "
             "the folder that holds tokenizer.model"

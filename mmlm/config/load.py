@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -32,9 +33,10 @@ def load_recipe(spec: str) -> RunConfig:
     path = Path(file)
     if not path.is_file():
         raise ConfigError(f"--recipe: the file '{file}' does not exist")
-    module_spec = importlib.util.spec_from_file_location(path.stem, path)
+    module_spec = importlib.util.spec_from_file_location(f"mmlm_recipe_{path.stem}", path)
     assert module_spec is not None and module_spec.loader is not None
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # dataclasses look their module up
     module_spec.loader.exec_module(module)
     found = [
         name
@@ -63,31 +65,43 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     Raises:
         ConfigError: for an unknown field (with the nearest one) or a value of the wrong type.
     """
+    tree: dict[str, Any] = {}
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        path = key.strip().split(".")
+        if not equals or not all(path):
             raise ConfigError(f"--set '{override}' must read section.field=value")
-        config = _replaced(config, key.strip().split("."), value.strip(), key.strip())
-    return config
+        branch = tree
+        for name in path[:-1]:
+            branch = branch.setdefault(name, {})
+            if not isinstance(branch, dict):
+                raise ConfigError(f"--set {key.strip()}: '{name}' was set as a whole before")
+        branch[path[-1]] = value.strip()
+    replaced: RunConfig = _replaced(config, tree, "")
+    return replaced
 
 
-def _replaced(section: Any, path: list[str], value: str, key: str) -> Any:
+def _replaced(section: Any, changes: dict[str, Any], prefix: str) -> Any:
+    """The section with all changes made at once, so that their order does not matter."""
+    kinds = typing.get_type_hints(type(section))
     names = [field.name for field in dataclasses.fields(section)]
-    name = path[0]
-    if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"--set {key}: there is no field '{name}'; the nearest is '{near[0]}' "
-            f"(all: {', '.join(names)})"
-        )
-    if len(path) > 1:
+    values = {}
+    for name, change in changes.items():
+        key = f"{prefix}{name}"
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"--set {key}: there is no field '{name}'; the nearest is '{near[0]}' "
+                f"(all: {', '.join(names)})"
+            )
+        if not isinstance(change, dict):
+            values[name] = _parse(kinds[name], change, key)
+            continue
         inner = getattr(section, name)
         if not dataclasses.is_dataclass(inner):
             raise ConfigError(f"--set {key}: '{name}' has no fields of its own here")
-        new = _replaced(inner, path[1:], value, key)
-    else:
-        new = _parse(typing.get_type_hints(type(section))[name], value, key)
-    return dataclasses.replace(section, **{name: new})
+        values[name] = _replaced(inner, change, f"{key}.")
+    return dataclasses.replace(section, **values)
 
 
 def _parse(kind: Any, value: str, key: str) -> Any:
@@ -120,3 +134,15 @@ def to_json(config: RunConfig) -> dict[str, Any]:
 def write_resolved(config: RunConfig, path: Path) -> None:
     """Write the resolved config, so that a run can be read back from its folder."""
     path.write_text(json.dumps(to_json(config), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def from_json(kind: Any, content: Any) -> Any:
+    """Rebuild a config dataclass (`RunConfig`, `ModelConfig`) from what ``asdict`` made of it."""
+    if isinstance(kind, types.UnionType):
+        if content is None:
+            return None
+        kind = next(option for option in typing.get_args(kind) if option is not type(None))
+    if not dataclasses.is_dataclass(kind):
+        return content
+    kinds = typing.get_type_hints(kind)
+    return kind(**{name: from_json(kinds[name], value) for name, value in content.items()})  # type: ignore[operator]

@@ -6,6 +6,7 @@ They travel in a checkpoint's ``hf_assets`` so that an export needs nothing but 
 import shutil
 from pathlib import Path
 
+from mmlm.checkpoint.assets import TOKENIZER_FILES
 from mmlm.conversion.hf_config import Json, read_json
 from mmlm.conversion.hf_source import HFSource
 from mmlm.conversion.vocabulary import VocabularyPlan, write_json, write_tokenizer_files
@@ -18,13 +19,6 @@ COMBINED_CONFIG_FILE = "internvl_config.json"
 
 _VISION_FILES = ("preprocessor_config.json",)
 _LLM_FILES = ("generation_config.json",)
-_TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-)
-
 _log = get_logger("mmlm.conversion")
 
 
@@ -61,7 +55,7 @@ def copy_llm_files(assets: Path, folder: Path) -> None:
     """Put the tokenizer and the LLM's small files into an exported folder."""
     if not (assets / "tokenizer.model").is_file():
         _log.warning("%s: no tokenizer.model, so no tokenizer is exported", assets)
-    _copy(assets, folder, (*_TOKENIZER_FILES, *_LLM_FILES))
+    _copy(assets, folder, (*TOKENIZER_FILES, *_LLM_FILES))
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

@@ -5,6 +5,7 @@ Letters: t tokens of the microbatch (all rows one after the other), n images, S 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,19 +38,14 @@ class Batch:
     sample_ids: tuple[int, ...]
     """Samples in order; padding segments have none."""
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch with its tensors on ``device`` (asynchronous where memory is pinned)."""
-        pixels = self.pixel_values
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            loss_mask=self.loss_mask.to(device, non_blocking=True),
-            position_ids=self.position_ids.to(device, non_blocking=True),
-            pixel_values=None if pixels is None else pixels.to(device, non_blocking=True),
-            image_ids=self.image_ids.to(device, non_blocking=True),
-            image_positions=self.image_positions.to(device, non_blocking=True),
-        )
+    def pin_memory(self) -> "Batch":
+        """Return the batch in page-locked memory, from which copies to a GPU are asynchronous."""
+        tensors: dict[str, Any] = {
+            name: value.pin_memory()
+            for name, value in vars(self).items()
+            if isinstance(value, torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 def collate(

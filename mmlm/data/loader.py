@@ -29,6 +29,7 @@ class BatchLoader:
         num_workers: int = 2,
         pad_to_multiple_of: int = 1,
         min_length: int = 1,
+        pin_memory: bool = False,
     ) -> None:
         """Start the threads; nothing is read yet.
 
@@ -42,6 +43,7 @@ class BatchLoader:
             num_workers: threads.
             pad_to_multiple_of: see `collate`.
             min_length: see `collate`.
+            pin_memory: put the batches into page-locked memory, for a GPU.
         """
         self._dataset = dataset
         self._planner = planner
@@ -51,6 +53,7 @@ class BatchLoader:
         self._with_pixels = with_pixels
         self._pad_to_multiple_of = pad_to_multiple_of
         self._min_length = min_length
+        self._pin_memory = pin_memory
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlm-data")
         self._pending: dict[int, tuple[StepPlan, list[Future[Batch]]]] = {}
 
@@ -106,7 +109,7 @@ class BatchLoader:
             ]
             for row in rows
         ]
-        return collate(
+        batch = collate(
             samples,
             plan.token_weights,
             image_size=self._dataset.settings.image_size,
@@ -114,3 +117,4 @@ class BatchLoader:
             pad_to_multiple_of=self._pad_to_multiple_of,
             min_length=self._min_length,
         )
+        return batch.pin_memory() if self._pin_memory else batch

@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mmlm.config.costs import forward_costs
 from mmlm.config.schema import ModelConfig
 
 Rows = list[list[int]]
@@ -38,25 +39,10 @@ def packing_cost(model: ModelConfig) -> PackingCost:
     Args:
         model: sizes of the three parts.
     """
-    vision, language = model.vision, model.language
-    query = language.num_attention_heads * language.kv_channels
-    key = language.num_query_groups * language.kv_channels
-    layer = language.hidden_size * (2 * query + 2 * key + 3 * language.ffn_hidden_size)
-    token = language.num_layers * layer + language.hidden_size * language.vocab_size
-    # Causal: half of the pairs, once for the scores and once for the values.
-    pair = language.num_layers * query
-    vision_token = (
-        vision.num_layers
-        * vision.hidden_size
-        * (4 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    )
-    vision_pair = 2 * vision.num_layers * vision.hidden_size
-    projection = language.hidden_size * (model.projection_input_size + language.hidden_size)
-    image = (
-        vision.tokens_per_image * vision_token
-        + vision.tokens_per_image**2 * vision_pair
-        + vision.embeddings_per_image * projection
-    )
+    costs, num_layers = forward_costs(model), model.language.num_layers
+    token = num_layers * costs.decoder_layer_per_token + costs.head_per_token
+    pair = num_layers * costs.decoder_layer_per_squared_token
+    image = model.vision.num_layers * costs.vision_layer_per_image + costs.projection_per_image
     return PackingCost(per_squared_token=pair / token, per_image=image / token)
 
 

@@ -57,10 +57,6 @@ class StepPlan:
     seq_length: int
     """Tokens that a row can hold."""
 
-    def token_weight(self, sample_id: int) -> float:
-        """Return the weight of each supervised token of a sample; the loss is a plain sum."""
-        return self.token_weights[sample_id]
-
     @property
     def num_microbatches(self) -> int:
         """Microbatches of every data-parallel rank."""

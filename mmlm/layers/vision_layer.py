@@ -8,6 +8,7 @@ Legend: t tokens of all images (and padding) in one stream, h hidden size.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -16,7 +17,6 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
-from mmlm.layers.drop_path import drop_path_rate, drop_path_scales
 from mmlm.layers.packed_sequence import PackedSequence
 
 
@@ -28,9 +28,8 @@ class PackedImages(PackedSequence):
     """Global image ids; empty when the stream is inert."""
     tokens_per_image: int = 0
     """Tokens of one image; what follows the last image is padding."""
-    seed: int = 0
-    iteration: int | None = None
-    """Training iteration, from 0; None means that nothing is dropped (evaluation)."""
+    drop_path_scales: Tensor | None = None
+    """float32 [layers of the tower, 2, images], see `drop_path.py`; None: nothing is dropped."""
 
 
 class InternVisionLayer(TransformerLayer):
@@ -43,7 +42,6 @@ class InternVisionLayer(TransformerLayer):
         hidden_dropout: part of megatron-core's interface; unused.
         pg_collection: groups.
         vp_stage: virtual stage or None.
-        max_drop_path_rate: rate of the last layer of the tower.
     """
 
     def __init__(
@@ -54,14 +52,8 @@ class InternVisionLayer(TransformerLayer):
         hidden_dropout: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
-        *,
-        max_drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__(config, submodules, layer_number, hidden_dropout, pg_collection, vp_stage)
-        # TransformerLayer has made layer_number global (from 1)
-        self.drop_path_rate = drop_path_rate(
-            self.layer_number - 1, config.num_layers, max_drop_path_rate
-        )
         for name in ("attention_scale", "mlp_scale"):
             scale = torch.nn.Parameter(torch.ones(config.hidden_size, dtype=config.params_dtype))
             scale.sequence_parallel = config.sequence_parallel
@@ -92,16 +84,13 @@ class InternVisionLayer(TransformerLayer):
         return hidden_states + self._drop_path(branch, packed_seq_params, 1), None
 
     def _drop_path(self, branch: Tensor, images: PackedImages, index: int) -> Tensor:
-        if self.drop_path_rate == 0.0 or images.iteration is None or not images.image_ids:
+        # TransformerLayer has made layer_number global (from 1); layer 0 is never dropped
+        layer = self.layer_number - 1
+        if layer == 0 or images.drop_path_scales is None or not images.image_ids:
             return branch
-        scales = drop_path_scales(
-            seed=images.seed,
-            iteration=images.iteration,
-            image_ids=images.image_ids,
-            layer=self.layer_number - 1,
-            branch=index,
-            rate=self.drop_path_rate,
-        ).repeat(images.tokens_per_image)
-        per_token = torch.ones(branch.shape[0], dtype=branch.dtype)
-        per_token[: len(scales)] = torch.from_numpy(scales)
-        return branch * per_token.to(branch.device).view(-1, 1, 1)
+        per_image = images.drop_path_scales[layer, index].to(branch.dtype)
+        per_token = per_image.repeat_interleave(
+            images.tokens_per_image, output_size=len(images.image_ids) * images.tokens_per_image
+        )
+        padding = branch.shape[0] - per_token.shape[0]
+        return branch * F.pad(per_token, (0, padding), value=1.0).view(-1, 1, 1)

@@ -50,7 +50,6 @@ class InternVLModel(MegatronModule):
         model: true sizes.
         chunk: what this stage holds.
         backend: which implementations.
-        max_drop_path_rate: rate of the last vision layer.
         pg_collection: groups.
     """
 
@@ -64,8 +63,6 @@ class InternVLModel(MegatronModule):
         model: ModelConfig,
         chunk: StageChunk,
         backend: Backend,
-        *,
-        max_drop_path_rate: float,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         # the schedule reads its settings from this config
@@ -80,7 +77,6 @@ class InternVLModel(MegatronModule):
                 model.vision,
                 chunk,
                 backend,
-                max_drop_path_rate=max_drop_path_rate,
                 pg_collection=pg_collection,
             )
         if chunk.has_projection:

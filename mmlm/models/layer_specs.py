@@ -64,14 +64,11 @@ def _without_bias(linear: type) -> Callable[..., Any]:
     return build
 
 
-def vision_layer_spec(
-    backend: Backend, vision: VisionConfig, *, max_drop_path_rate: float
-) -> ModuleSpec:
+def vision_layer_spec(backend: Backend, vision: VisionConfig) -> ModuleSpec:
     """One InternViT layer: full attention, padded heads, q/k norm, LayerScale, drop path."""
     parts = _parts(backend)
     return ModuleSpec(
         module=InternVisionLayer,
-        params={"max_drop_path_rate": max_drop_path_rate},
         submodules=TransformerLayerSubmodules(
             input_layernorm=parts.rms_norm,
             self_attention=ModuleSpec(

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel.layers import (
 )
 
 from mmlm.config.schema import ModelConfig, TrainConfig
-from mmlm.errors import ConfigError
+from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.transformer_config import make_transformer_configs
 from mmlm.parallel.backend import Backend
@@ -35,7 +35,7 @@ def build_model(
         plan: where the layers are cut.
         topology: this rank's place.
         backend: which implementations.
-        train: precision, drop path and what is frozen.
+        train: precision and what is frozen.
 
     Returns:
         The chunk on the topology's device; `initialize_weights` or a checkpoint fills it.
@@ -56,8 +56,7 @@ def build_model(
         model,
         plan.chunks[topology.pp_rank],
         backend,
-        max_drop_path_rate=train.vision_drop_path_rate,
-        pg_collection=topology.groups,
+        topology.groups,
     ).to(topology.device)
     with torch.no_grad():
         for parameter in chunk.parameters():
@@ -115,6 +114,24 @@ def model_state(
     state = chunk.sharded_state_dict(prefix=prefix, metadata=sharding_metadata(groups))
     # transformer-engine adds (empty) fp8 state, which other backends do not have
     return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+
+
+def load_weights(chunk: InternVLModel, tensors: dict[str, torch.Tensor]) -> None:
+    """Put what was loaded for `model_state` into the chunk.
+
+    Args:
+        chunk: this rank's model.
+        tensors: local name with the prefix ``model.`` -> tensor.
+
+    Raises:
+        CheckpointError: if a parameter is left without a value, or one too many was read.
+    """
+    local = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    # strict loading would ask for transformer-engine's fp8 state, which is never written
+    missing, unexpected = chunk.load_state_dict(local, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise CheckpointError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
 
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict:

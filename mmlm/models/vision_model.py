@@ -31,7 +31,6 @@ class InternVisionModel(MegatronModule):
         vision: true sizes.
         chunk: which layers.
         backend: which implementations.
-        max_drop_path_rate: rate of the last layer.
         pg_collection: groups.
     """
 
@@ -42,7 +41,6 @@ class InternVisionModel(MegatronModule):
         chunk: StageChunk,
         backend: Backend,
         *,
-        max_drop_path_rate: float,
         pg_collection: ProcessGroupCollection,
     ) -> None:
         super().__init__(config=config)
@@ -64,7 +62,7 @@ class InternVisionModel(MegatronModule):
                     1, vision.tokens_per_image, vision.hidden_size, dtype=config.params_dtype
                 )
             )
-        layer = vision_layer_spec(backend, vision, max_drop_path_rate=max_drop_path_rate)
+        layer = vision_layer_spec(backend, vision)
         self.decoder = TransformerBlock(
             config,
             block_spec(layer, len(chunk.vision_layers), backend),
@@ -105,20 +103,26 @@ class InternVisionModel(MegatronModule):
 def pack_images(
     vision: VisionConfig,
     image_ids: tuple[int, ...],
-    *,
-    seed: int,
-    iteration: int | None,
     device: torch.device,
+    drop_path_scales: Tensor | None = None,
 ) -> PackedImages:
-    """Describe the stream of ``image_ids``; an inert one of `INERT_TOKENS` when there are none."""
+    """Describe the stream of ``image_ids``; an inert one of `INERT_TOKENS` when there are none.
+
+    Args:
+        vision: sizes.
+        image_ids: global ids of the images, in order.
+        device: where the stream is.
+        drop_path_scales: float32 [layers, 2, images] on any device; None: nothing is dropped.
+    """
     lengths = (vision.tokens_per_image,) * len(image_ids) or (INERT_TOKENS,)
+    if drop_path_scales is not None:
+        drop_path_scales = drop_path_scales.to(device, non_blocking=True)
     packed = PackedImages.from_lengths(
         lengths,
         device,
         image_ids=image_ids,
         tokens_per_image=vision.tokens_per_image,
-        seed=seed,
-        iteration=iteration,
+        drop_path_scales=drop_path_scales,
     )
     assert isinstance(packed, PackedImages)
     return packed

@@ -1,5 +1,6 @@
 """Which implementations a run uses: resolved once at start, printed, never guessed later."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
@@ -33,21 +34,31 @@ def optional_packages() -> dict[str, str]:
     """Version of each optional GPU package, or "not installed".
 
     NVIDIA's apex is recognised by its ``amp_C`` extension: the PyPI package of that name is
-    unrelated.
+    unrelated. A package that is there but does not import (built for another torch) counts as
+    "broken".
     """
     found = {}
     for module, distribution in _OPTIONAL.items():
-        present = importlib.util.find_spec("amp_C" if module == "apex" else module) is not None
+        probe = "amp_C" if module == "apex" else module
+        if importlib.util.find_spec(probe) is None:
+            found[module] = "not installed"
+            continue
         try:
-            version = importlib.metadata.version(distribution) if present else "not installed"
+            importlib.import_module(probe)
+            found[module] = importlib.metadata.version(distribution)
         except importlib.metadata.PackageNotFoundError:
-            version = "unknown version"
-        found[module] = version
+            found[module] = "unknown version"
+        except (ImportError, OSError) as error:
+            found[module] = f"broken ({error})"
     return found
 
 
-def resolve_backend(config: BackendConfig) -> Backend:
+def resolve_backend(config: BackendConfig, dtype: str = "bf16") -> Backend:
     """Turn ``auto`` into what this machine has.
+
+    Args:
+        config: what is wanted.
+        dtype: "bf16" or "fp32"; the fast attention kernels take no fp32.
 
     Raises:
         ConfigError: if a backend is asked for by name and is not usable here.
@@ -61,30 +72,33 @@ def resolve_backend(config: BackendConfig) -> Backend:
             "CUDA_VISIBLE_DEVICES= (empty) to train on the CPU"
         )
     packages = optional_packages()
-    have = {
-        "transformer_engine": device == "cuda"
-        and packages["transformer_engine"] != "not installed",
-        "flash": device == "cuda" and packages["flash_attn"] != "not installed",
+    usable = {
+        name: device == "cuda" and not packages[name].startswith(("not installed", "broken"))
+        for name in ("transformer_engine", "flash_attn")
     }
-    have["local"] = have["sdpa"] = True
-    for field, value in (
-        ("transformer_impl", config.transformer_impl),
-        ("attention_backend", config.attention_backend),
-    ):
-        if value != "auto" and not have[value]:
-            raise ConfigError(
-                f"backend.{field} is {value}, which needs a GPU and its package "
-                f"(found: {device}, {packages}); install it or use auto"
-            )
-    impl = config.transformer_impl
-    if impl == "auto":
-        impl = "transformer_engine" if have["transformer_engine"] else "local"
-    attention = config.attention_backend
-    if attention == "auto":
-        attention = next(name for name in ("flash", "transformer_engine", "sdpa") if have[name])
+    layers = {"transformer_engine": usable["transformer_engine"], "local": True}
+    attention = {
+        "flash": usable["flash_attn"] and dtype == "bf16",
+        "transformer_engine": usable["transformer_engine"] and dtype == "bf16",
+        "sdpa": True,
+    }
     return Backend(
         device=device,
-        transformer_impl=impl,
-        attention_backend=attention,
+        transformer_impl=_choose("transformer_impl", config.transformer_impl, layers, packages),
+        attention_backend=_choose(
+            "attention_backend", config.attention_backend, attention, packages
+        ),
         packages=tuple(packages.items()),
     )
+
+
+def _choose(field: str, wanted: str, usable: dict[str, bool], packages: dict[str, str]) -> str:
+    """The wanted backend, or the first usable one for ``auto``."""
+    if wanted == "auto":
+        return next(name for name, works in usable.items() if works)
+    if not usable[wanted]:
+        raise ConfigError(
+            f"backend.{field} is {wanted}, which needs a GPU, its package and, for attention, bf16 "
+            f"(found: {packages}); use auto"
+        )
+    return wanted

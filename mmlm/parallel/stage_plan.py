@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from mmlm.config.costs import forward_costs
 from mmlm.config.schema import ModelConfig
 from mmlm.errors import ConfigError
 
@@ -75,7 +76,10 @@ class StagePlan:
 
 
 def make_stage_plan(
-    model: ModelConfig, num_stages: int, layout: str = "auto", images_per_pack: float | None = None
+    model: ModelConfig,
+    num_stages: int,
+    layout: str = "auto",
+    images_per_token: float | None = None,
 ) -> StagePlan:
     """Cut the layer list of ``model`` into ``num_stages`` chunks.
 
@@ -83,7 +87,7 @@ def make_stage_plan(
         model: sizes.
         num_stages: pipeline stages.
         layout: a layout string, or ``auto`` for the cut that balances the estimated work.
-        images_per_pack: mean images in a pack, used by ``auto``; see `layer_costs`.
+        images_per_token: images over tokens of the data, used by ``auto``; see `layer_costs`.
 
     Returns:
         The plan; its chunks are in pipeline order and none is empty.
@@ -99,7 +103,7 @@ def make_stage_plan(
                 f"parallel: pipeline_model_parallel_size {num_stages} is more than the "
                 f"{len(letters)} pieces of the model ({letters}); use fewer stages"
             )
-        rows = _balanced_rows(letters, layer_costs(model, images_per_pack), num_stages)
+        rows = _balanced_rows(letters, layer_costs(model, images_per_token), num_stages)
     else:
         rows = _expand(layout).split("|")
         _check_rows(layout, rows, letters, num_stages)
@@ -111,39 +115,27 @@ def flat_letters(model: ModelConfig) -> str:
     return "v" * model.vision.num_layers + "pE" + "t" * model.language.num_layers + "L"
 
 
-def layer_costs(
-    model: ModelConfig, images_per_pack: float | None = None, seq_length: int = 2048
-) -> list[float]:
-    """Estimated multiply-adds of each letter of `flat_letters` for one pack.
+def layer_costs(model: ModelConfig, images_per_token: float | None = None) -> list[float]:
+    """Estimated multiply-adds of each letter of `flat_letters` for one token of the text stream.
+
+    Attention inside the decoder is left out: in packs of short samples it is below one percent.
 
     Args:
         model: sizes.
-        images_per_pack: mean images in a pack; by default half of the pack's tokens are images',
+        images_per_token: images over tokens of the data; by default half of the tokens are images',
             the mean of the published data.
-        seq_length: tokens in a pack.
 
     Returns:
-        One cost a letter: weights times tokens, plus the attention scores.
+        One cost a letter.
     """
-    vision, language = model.vision, model.language
-    if images_per_pack is None:
-        images_per_pack = seq_length / (2 * vision.embeddings_per_image)
-    vision_tokens = images_per_pack * vision.tokens_per_image
-    vision_weights = vision.hidden_size * (4 * vision.hidden_size + 2 * vision.ffn_hidden_size)
-    vision_cost = vision_tokens * (
-        vision_weights + 2 * vision.tokens_per_image * vision.hidden_size
-    )
-    projection_weights = language.hidden_size * (model.projection_input_size + language.hidden_size)
-    projection_cost = images_per_pack * vision.embeddings_per_image * projection_weights
-    heads = language.kv_channels * (language.num_attention_heads + language.num_query_groups)
-    decoder_weights = language.hidden_size * (2 * heads + 3 * language.ffn_hidden_size)
-    decoder_cost = seq_length * float(decoder_weights)
-    head_cost = seq_length * float(language.hidden_size * language.vocab_size)
+    costs = forward_costs(model)
+    if images_per_token is None:
+        images_per_token = 0.5 / model.vision.embeddings_per_image
     return (
-        [vision_cost] * vision.num_layers
-        + [projection_cost, 0.0]
-        + [decoder_cost] * language.num_layers
-        + [head_cost]
+        [images_per_token * costs.vision_layer_per_image] * model.vision.num_layers
+        + [images_per_token * costs.projection_per_image, 0.0]
+        + [costs.decoder_layer_per_token] * model.language.num_layers
+        + [costs.head_per_token]
     )
 
 

@@ -16,6 +16,9 @@ from mmlm.config.schema import ParallelConfig
 from mmlm.errors import ConfigError
 from mmlm.parallel import cpu_backend
 
+RANK_ZERO_HOURS = 24
+"""How long the others wait while rank 0 measures the data, hours."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -33,14 +36,8 @@ class Topology:
     groups: ProcessGroupCollection
     dp_gloo_group: dist.ProcessGroup
     """The data-parallel ranks over gloo: optimizer state is gathered here to be saved."""
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+    control_group: dist.ProcessGroup
+    """All ranks over gloo, patient: for waiting while rank 0 works alone."""
 
     def __str__(self) -> str:
         return (
@@ -107,6 +104,7 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
         create_gloo_process_groups=not on_cpu,
     )
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    control_group = dist.new_group(backend="gloo", timeout=timedelta(hours=RANK_ZERO_HOURS))
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
@@ -119,6 +117,7 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
         device=device,
         groups=groups,
         dp_gloo_group=groups.dp if on_cpu else parallel_state.get_data_parallel_group_gloo(),
+        control_group=control_group,
     )
 
 

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mmlm.checkpoint.manifest import Manifest, resolve
-from mmlm.config.schema import RunConfig
+from mmlm.config.load import from_json
+from mmlm.config.schema import ParallelConfig, RunConfig, TrainConfig
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
@@ -30,13 +31,28 @@ def evaluate_checkpoint(
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: _start(Path(config.checkpoint.load)))
-    config = replace(config, data=replace(config.data, meta=meta))
-    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start))
+    start = on_rank_zero(lambda: _start(Path(config.checkpoint.load)), topology.control_group)
+    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     check_data(config, start, tokenizer)
-    dataset = open_data(config, meta, start.model, tokenizer)
+    dataset = open_data(config, meta, start.model, tokenizer, topology)
     _, chunk = build_chunk(config, start, topology, backend, dataset)
-    return evaluate(chunk, config, start.model, dataset, topology, with_pixels=chunk.pre_process)
+    decodes = chunk.pre_process and topology.tp_rank == 0
+    return evaluate(chunk, config, start.model, dataset, topology, with_pixels=decodes)
+
+
+def settings_of(checkpoint: Path) -> RunConfig:
+    """The settings that a checkpoint was trained with, in one process.
+
+    For converted weights, which no run has made, the defaults in the precision of the weights.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be used.
+    """
+    manifest = Manifest.read(resolve(checkpoint))
+    if manifest.run_config is None:
+        dtype: Literal["bf16", "fp32"] = "fp32" if manifest.dtype == "fp32" else "bf16"
+        return RunConfig(train=TrainConfig(dtype=dtype))
+    return replace(from_json(RunConfig, manifest.run_config), parallel=ParallelConfig())
 
 
 def _start(path: Path) -> Start:

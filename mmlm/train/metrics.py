@@ -126,9 +126,7 @@ class _Outputs:
         path = output_dir / METRICS_FILE
         _drop_lines_from(path, start_iteration)
         self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(
-            str(output_dir / "tensorboard"), purge_step=start_iteration or None
-        )
+        self.board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
         self.bar = tqdm(
             total=train_iters,
             initial=start_iteration,

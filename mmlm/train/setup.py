@@ -9,10 +9,11 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, resolve
+from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest, iterations, resolve
 from mmlm.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
+from mmlm.config.load import to_json
 from mmlm.config.schema import ModelConfig, RunConfig
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.planners import TrainPlanner
@@ -23,6 +24,7 @@ from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import (
     build_model,
     initialize_weights,
+    load_weights,
     model_state,
     sharding_metadata,
 )
@@ -52,7 +54,7 @@ class Start:
         return self.manifest.iteration if self.resumes and self.manifest is not None else 0
 
     @property
-    def assets(self) -> Path | None:
+    def assets_dir(self) -> Path | None:
         """Folder of HuggingFace configs and tokenizer files, if the checkpoint has one."""
         folder = None if self.checkpoint is None else self.checkpoint / ASSETS_DIR
         return folder if folder is not None and folder.is_dir() else None
@@ -81,7 +83,7 @@ def find_start(config: RunConfig) -> Start:
         ConfigError: if the sizes are given and differ from the checkpoint's, or are not given.
     """
     root = checkpoint_root(config)
-    resumes = (root / LATEST_FILE).is_file()
+    resumes = bool(iterations(root))
     source = root if resumes else Path(config.checkpoint.load) if config.checkpoint.load else None
     if source is None:
         if config.model is None:
@@ -99,13 +101,59 @@ def find_start(config: RunConfig) -> Start:
             f"{checkpoint} has no optimizer state, so it cannot be resumed; use another output_dir "
             "and give it as checkpoint.load"
         )
-    if resumes and manifest.consumed_samples != manifest.iteration * config.train.global_batch_size:
-        raise ConfigError(
-            f"{checkpoint} was trained for {manifest.consumed_samples} samples in "
-            f"{manifest.iteration} iterations; resuming with train.global_batch_size "
-            f"{config.train.global_batch_size} would repeat or skip samples"
-        )
+    if resumes:
+        _refuse_changes(config, manifest, checkpoint)
     return Start(checkpoint=checkpoint, manifest=manifest, resumes=resumes, model=manifest.model)
+
+
+_FIXED_SETTINGS = (
+    "train.global_batch_size",
+    "train.seed",
+    "train.loss_weight",
+    "train.dtype",
+    "data.seq_length",
+)
+"""What decides the order of the data and the arithmetic, and so cannot change within a run."""
+
+
+def _refuse_changes(config: RunConfig, manifest: Manifest, checkpoint: Path) -> None:
+    """Refuse to resume with settings that would repeat or skip samples or change the loss."""
+    before, now = manifest.run_config or {}, to_json(config)
+    changes = []
+    for key in _FIXED_SETTINGS:
+        section, field = key.split(".")
+        old = before.get(section, {}).get(field)
+        if old != now[section][field]:
+            changes.append(f"{key} was {old} and is {now[section][field]}")
+    if changes:
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed with other settings: {'; '.join(changes)}. Set them "
+            "back, or start a new run in another output_dir with this one as checkpoint.load"
+        )
+
+
+def data_fingerprint(dataset: Dataset) -> dict[str, int]:
+    """What a run trains on, as numbers that change with it."""
+    usable = {
+        index.annotation_set.name: int(index.column("usable").sum()) * index.annotation_set.repeats
+        for index in dataset.indexes
+    }
+    return {**usable, "tokens": int(dataset.table.num_tokens[dataset.table.usable].sum())}
+
+
+def refuse_other_data(start: Start, dataset: Dataset) -> None:
+    """Refuse to resume on other data: the order would repeat or skip samples.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    now = data_fingerprint(dataset)
+    if start.resumes and start.manifest is not None and start.manifest.data not in (None, now):
+        raise ConfigError(
+            f"{start.checkpoint} was trained on other data: {start.manifest.data} (usable samples "
+            f"of each set), now {now}; resume with the same data, or start a new run in another "
+            "output_dir with this one as checkpoint.load"
+        )
 
 
 def load_tokenizer(config: RunConfig, start: Start) -> Tokenizer:
@@ -116,15 +164,17 @@ def load_tokenizer(config: RunConfig, start: Start) -> Tokenizer:
     """
     if config.data.tokenizer:
         return Tokenizer(config.data.tokenizer)
-    if start.assets is None:
+    if start.assets_dir is None:
         raise ConfigError(
             "data.tokenizer is empty and the checkpoint keeps no tokenizer files: give the folder "
             "that holds tokenizer.model"
         )
-    return Tokenizer(start.assets)
+    return Tokenizer(start.assets_dir)
 
 
-def open_data(config: RunConfig, meta: str, model: ModelConfig, tokenizer: Tokenizer) -> Dataset:
+def open_data(
+    config: RunConfig, meta: str, model: ModelConfig, tokenizer: Tokenizer, topology: Topology
+) -> Dataset:
     """Measure (on rank 0, once) and open the sets of a meta json; collective.
 
     Raises:
@@ -150,7 +200,10 @@ def open_data(config: RunConfig, meta: str, model: ModelConfig, tokenizer: Token
             build=build,
         )
 
-    on_rank_zero(lambda: read(build=True) and None)
+    def build() -> None:
+        read(build=True)
+
+    on_rank_zero(build, topology.control_group)
     return read(build=False)
 
 
@@ -159,11 +212,11 @@ def train_iterations(config: RunConfig, planner: TrainPlanner) -> int:
     return config.train.train_iters or config.train.epochs * planner.iterations_per_epoch
 
 
-def images_per_pack(dataset: Dataset, seq_length: int) -> float:
-    """Mean images in ``seq_length`` tokens of data; decides the automatic pipeline cut."""
+def images_per_token(dataset: Dataset) -> float:
+    """Images over tokens of the usable samples; decides the automatic pipeline cut."""
     table = dataset.table
     tokens = int(table.num_tokens[table.usable].sum())
-    return float(table.num_images[table.usable].sum()) * seq_length / tokens
+    return float(table.num_images[table.usable].sum()) / tokens
 
 
 def build_chunk(
@@ -179,16 +232,14 @@ def build_chunk(
         start.model,
         topology.pp_size,
         config.parallel.pipeline_layout,
-        images_per_pack(dataset, config.data.seq_length),
+        images_per_token(dataset),
     )
     chunk = build_model(start.model, plan, topology, backend, config.train)
     if start.checkpoint is None:
         initialize_weights(chunk, topology.groups, config.train.seed)
     else:
         loaded = load_sharded({"model": model_state(chunk, topology.groups)}, start.checkpoint)
-        chunk.load_state_dict(
-            {name.removeprefix("model."): tensor for name, tensor in loaded["model"].items()}
-        )
+        load_weights(chunk, loaded["model"])
     return plan, chunk
 
 

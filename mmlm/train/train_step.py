@@ -1,7 +1,7 @@
 """One iteration: forward and backward over all microbatches, clip, AdamW, next learning rate."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from mmlm.data.collate import Batch
 from mmlm.errors import MmlmError
 from mmlm.parallel.topology import Topology
+from mmlm.train.forward_step import ForwardStep
 
 
 class DivergenceError(MmlmError):
@@ -35,7 +36,7 @@ class StepResult:
 
 def run_schedule(
     model: DistributedDataParallel,
-    forward_step: Callable[..., Any],
+    forward_step: ForwardStep,
     batches: Sequence[Batch],
     *,
     forward_only: bool,
@@ -58,7 +59,7 @@ def run_schedule(
 
 def forward_backward(
     model: DistributedDataParallel,
-    forward_step: Callable[..., Any],
+    forward_step: ForwardStep,
     batches: Sequence[Batch],
     topology: Topology,
 ) -> float:
@@ -81,7 +82,7 @@ def train_step(
     model: DistributedDataParallel,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    forward_step: Callable[..., Any],
+    forward_step: ForwardStep,
     batches: Sequence[Batch],
     topology: Topology,
 ) -> StepResult:

@@ -1,21 +1,25 @@
 """The training loop."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from mmlm.checkpoint.assets import read_assets
 from mmlm.checkpoint.manifest import Manifest
 from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
 from mmlm.config.schema import RunConfig
+from mmlm.data.dataset import Dataset
 from mmlm.data.loader import BatchLoader
 from mmlm.data.packing import packing_cost
 from mmlm.data.planners import TrainPlanner
+from mmlm.data.step_plan import consumed_samples
 from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
 from mmlm.train.evaluate import evaluate
-from mmlm.train.forward_step import training_forward_step
+from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
 from mmlm.train.metrics import MetricsLog
 from mmlm.train.setup import (
     Start,
@@ -23,14 +27,36 @@ from mmlm.train.setup import (
     build_training,
     check_data,
     checkpoint_root,
+    data_fingerprint,
     find_start,
     load_tokenizer,
     open_data,
+    refuse_other_data,
     train_iterations,
     training_state_dict,
 )
 from mmlm.train.summary import describe_run, parameter_counts
 from mmlm.train.train_step import train_step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training that is ready to go."""
+
+    config: RunConfig
+    topology: Topology
+    start: Start
+    assets: dict[str, bytes]
+    dataset: Dataset
+    held_out: Dataset | None
+    planner: TrainPlanner
+    train_iters: int
+    state: TrainingState
+
+    @property
+    def decodes(self) -> bool:
+        """Whether this rank decodes pictures: one TP rank of the stage that images enter."""
+        return self.state.model.module.pre_process and self.topology.tp_rank == 0
 
 
 def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
@@ -44,16 +70,59 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: find_start(config))
-    output_dir = Path(config.output_dir)
-    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start))
-    check_data(config, start, tokenizer)
-    dataset = open_data(config, config.data.meta, start.model, tokenizer)
-    held_out = (
-        open_data(config, config.eval_meta, start.model, tokenizer)
-        if config.train.eval_interval
-        else None
+    run = prepare(config, topology, backend)
+    if run.start.iteration >= run.train_iters:
+        get_logger().info(
+            f"nothing to do: iteration {run.start.iteration} of {run.train_iters} is done"
+        )
+        return
+    metrics = MetricsLog(
+        Path(config.output_dir),
+        topology,
+        start_iteration=run.start.iteration,
+        train_iters=run.train_iters,
     )
+    with BatchLoader(
+        run.dataset,
+        run.planner,
+        data_parallel_rank=topology.dp_rank,
+        end_iteration=run.train_iters,
+        seed=config.train.seed,
+        with_pixels=run.decodes,
+        num_workers=config.data.num_workers,
+        pin_memory=topology.device.type == "cuda",
+    ) as loader:
+        for iteration in range(run.start.iteration, run.train_iters):
+            waiting = time.perf_counter()
+            plan, batches = loader.batches(iteration)
+            waited = time.perf_counter() - waiting
+            result = train_step(
+                run.state.model,
+                run.state.optimizer,
+                run.state.scheduler,
+                _forward_step(run, iteration),
+                batches,
+                topology,
+            )
+            metrics.log(plan, result, waited)
+            _save_and_evaluate(run, metrics, iteration + 1)
+    metrics.close()
+
+
+def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
+    """Find the start, open the data, build the model, say what will be done; collective."""
+    start = on_rank_zero(lambda: find_start(config), topology.control_group)
+    tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
+    tokenizer_dir = Path(config.data.tokenizer) if config.data.tokenizer else None
+    assets = on_rank_zero(
+        lambda: read_assets(start.assets_dir, tokenizer_dir), topology.control_group
+    )
+    check_data(config, start, tokenizer)
+    dataset = open_data(config, config.data.meta, start.model, tokenizer, topology)
+    refuse_other_data(start, dataset)
+    held_out = None
+    if config.train.eval_interval:
+        held_out = open_data(config, config.eval_meta, start.model, tokenizer, topology)
     planner = TrainPlanner(
         table=dataset.table,
         seed=config.train.seed,
@@ -67,94 +136,85 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
     train_iters = train_iterations(config, planner)
     state = build_training(config, start, topology, backend, dataset, train_iters)
     counts = parameter_counts(state.model.module, topology)
-    if topology.rank == 0:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_resolved(config, output_dir / "config.json")
+
+    def announce() -> None:
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        write_resolved(config, Path(config.output_dir) / "config.json")
         get_logger().info(
             describe_run(
-                config,
-                start,
-                topology,
-                backend,
-                state.plan,
-                counts,
-                dataset,
-                planner,
-                train_iters,
+                config, start, topology, backend, state.plan, counts, dataset, planner, train_iters
             )
         )
-    if start.iteration >= train_iters:
-        get_logger().info(f"nothing to do: iteration {start.iteration} of {train_iters} is done")
-        return
-    on_rank_zero(lambda: None)  # the output directory exists from here on
-    with_pixels = state.model.module.pre_process
-    metrics = MetricsLog(
-        output_dir, topology, start_iteration=start.iteration, train_iters=train_iters
+
+    on_rank_zero(announce, topology.control_group)
+    return Run(
+        config=config,
+        topology=topology,
+        start=start,
+        assets=assets,
+        dataset=dataset,
+        held_out=held_out,
+        planner=planner,
+        train_iters=train_iters,
+        state=state,
     )
-    with BatchLoader(
-        dataset,
-        planner,
-        data_parallel_rank=topology.dp_rank,
-        end_iteration=train_iters,
-        seed=config.train.seed,
-        with_pixels=with_pixels,
-        num_workers=config.data.num_workers,
-    ) as loader:
-        for iteration in range(start.iteration, train_iters):
-            waiting = time.perf_counter()
-            plan, batches = loader.batches(iteration)
-            waited = time.perf_counter() - waiting
-            step = training_forward_step(
-                start.model, topology.device, seed=config.train.seed, iteration=iteration
-            )
-            result = train_step(
-                state.model, state.optimizer, state.scheduler, step, batches, topology
-            )
-            metrics.log(plan, result, waited)
-            done = iteration + 1
-            if _due(done, config.checkpoint.save_interval) or done == train_iters:
-                path = save(config, start, state, topology, done)
-                metrics.say(f"saved {path}")
-                metrics.restart_clock()
-            if held_out is not None and _due(done, config.train.eval_interval):
-                report = evaluate(
-                    state.model, config, start.model, held_out, topology, with_pixels=with_pixels
-                )
-                metrics.log_evaluation(done, report)
-                metrics.restart_clock()
-    metrics.close()
+
+
+def _forward_step(run: Run, iteration: int) -> ForwardStep:
+    drop_path = DropPath(
+        seed=run.config.train.seed,
+        iteration=iteration,
+        max_rate=run.config.train.vision_drop_path_rate,
+    )
+    return training_forward_step(run.start.model, run.topology, drop_path)
+
+
+def _save_and_evaluate(run: Run, metrics: MetricsLog, done: int) -> None:
+    """Do what is due after ``done`` iterations; collective."""
+    config = run.config
+    if _due(done, config.checkpoint.save_interval) or done == run.train_iters:
+        metrics.say(f"saved {save(run, done)}")
+        metrics.restart_clock()
+    if run.held_out is not None and _due(done, config.train.eval_interval):
+        report = evaluate(
+            run.state.model,
+            config,
+            run.start.model,
+            run.held_out,
+            run.topology,
+            with_pixels=run.decodes,
+        )
+        metrics.log_evaluation(done, report)
+        metrics.restart_clock()
 
 
 def _due(done: int, interval: int) -> bool:
     return interval > 0 and done % interval == 0
 
 
-def save(
-    config: RunConfig, start: Start, state: TrainingState, topology: Topology, iteration: int
-) -> Path:
+def save(run: Run, iteration: int) -> Path:
     """Save after ``iteration`` iterations; collective.
 
     Returns:
         The checkpoint's directory.
     """
+    config, topology = run.config, run.topology
     manifest = Manifest(
         iteration=iteration,
-        consumed_samples=iteration * config.train.global_batch_size,
+        consumed_samples=consumed_samples(iteration, config.train.global_batch_size),
         dtype=config.train.dtype,
-        model=start.model,
+        model=run.start.model,
         run_config=to_json(config),
+        data=data_fingerprint(run.dataset),
         has_optimizer=True,
     )
     return save_checkpoint(
         checkpoint_root(config),
-        training_state_dict(state.model.module, state.optimizer, topology, is_loading=False),
+        training_state_dict(
+            run.state.model.module, run.state.optimizer, topology, is_loading=False
+        ),
         manifest,
-        assets=_assets(config, start),
+        assets=run.assets,
         keep=config.checkpoint.keep,
+        control_group=topology.control_group,
     )
-
-
-def _assets(config: RunConfig, start: Start) -> Path | None:
-    if start.assets is not None:
-        return start.assets
-    return Path(config.data.tokenizer) if config.data.tokenizer else None
