@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from mmlm.models.model_provider import build_model, fill_weights, model_state
 from mmlm.parallel.backend import resolve_backend
 from mmlm.parallel.stage_plan import make_stage_plan
 from mmlm.parallel.topology import Topology, initialize
-from mmlm.train.forward_step import training_forward_step
+from mmlm.train.forward_step import DropPath, training_forward_step
 from mmlm.train.gradients import gather_gradients, gather_tensors
 from mmlm.train.optimizer import make_optimizer, make_scheduler, wrap_ddp
 from mmlm.train.train_step import forward_backward, train_step
@@ -48,6 +48,8 @@ class Layout:
     seq_length: int = 64
     """Small rows hold one sample each: then nothing is packed."""
     micro_batch_size: int = 1
+    packed: bool = True
+    """False: every row is one sample, as the reference computes it."""
 
     @property
     def world_size(self) -> int:
@@ -57,7 +59,8 @@ class Layout:
         name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}"
         if self.pipeline_layout != "auto":
             name += f"-{self.pipeline_layout}"
-        return name + f"-s{self.seq_length}x{self.micro_batch_size}"
+        rows = f"s{self.seq_length}x{self.micro_batch_size}" if self.packed else "unpacked"
+        return f"{name}-{rows}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +78,25 @@ class ParallelRun:
     """Whether every padding head on every rank is still bitwise zero."""
 
 
-def make_samples(count: int, vocab: int, context: int, *, seed: int = 0) -> list[Sample]:
-    """Random conversations: text only, one image, two images; several supervised stretches."""
+def make_samples(
+    count: int,
+    context: int,
+    *,
+    seed: int = 0,
+    images_of_sample: Sequence[int] = (1, 0, 2, 1),
+) -> list[Sample]:
+    """Random conversations with several supervised stretches.
+
+    Args:
+        count: how many.
+        context: the ``<IMG_CONTEXT>`` token; ordinary tokens are below it.
+        seed: of everything random.
+        images_of_sample: images of the samples in turn.
+    """
     generator = np.random.default_rng(seed)
     samples = []
     for sample_id in range(count):
-        images = (1, 0, 2, 1)[sample_id % 4]
+        images = images_of_sample[sample_id % len(images_of_sample)]
         pieces = [generator.integers(1, context, size=3)]
         for _ in range(images):
             pieces += [np.full(4, context), generator.integers(1, context, size=2)]
@@ -122,8 +138,11 @@ def rank_batches(
     with_pixels: bool,
 ) -> list[Batch]:
     """This rank's microbatches, through the real step plan and collation."""
+    table = sample_table(samples)
+    if not layout.packed:  # as if every sample filled its row
+        table = replace(table, num_tokens=np.full_like(table.num_tokens, layout.seq_length))
     plan = step_plan(
-        sample_table(samples),
+        table,
         seed=train.seed,
         iteration=iteration,
         global_batch_size=train.global_batch_size,
@@ -132,6 +151,8 @@ def rank_batches(
         data_parallel_size=topology.dp_size,
         loss_weight=train.loss_weight,
     )
+    samples_in_row = [len(row) for of_rank in plan.microbatches for rows in of_rank for row in rows]
+    assert layout.packed == (max(samples_in_row) > 1), samples_in_row
     return [
         collate(
             [[samples[index] for index in row] for row in rows],
@@ -189,8 +210,11 @@ def train_parallel(
     scheduler = make_scheduler(optimizer, optimizer_config, max(num_iterations, 1))
 
     def inputs(iteration: int) -> tuple[Any, list[Batch]]:
-        step = training_forward_step(config, topology.device, seed=train.seed, iteration=iteration)
-        first = plan.chunks[topology.pp_rank].has_vision_embedding
+        drop_path = DropPath(
+            seed=train.seed, iteration=iteration, max_rate=train.vision_drop_path_rate
+        )
+        step = training_forward_step(config, topology, drop_path)
+        first = plan.chunks[topology.pp_rank].has_vision_embedding and topology.tp_rank == 0
         return step, rank_batches(samples, iteration, layout, topology, train, first)
 
     step, batches = inputs(0)

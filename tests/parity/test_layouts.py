@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mmlm.config.schema import OptimizerConfig, TrainConfig
 from mmlm.data.step_plan import samples_of
-from mmlm.layers.drop_path import drop_path_rate, drop_path_scales
+from mmlm.layers.drop_path import drop_path_scales
 from tests.distributed.launch import run_ranks
 from tests.parity.parallel_run import Layout, ParallelRun, make_samples, train_parallel
 from tests.parity.reference_training import (
@@ -24,7 +24,7 @@ from tests.parity.reference_training import (
     iteration_loss,
     train,
 )
-from tests.parity.tiny_reference import CONTEXT, VOCAB, tiny_config, tiny_model
+from tests.parity.tiny_reference import CONTEXT, tiny_config, tiny_model
 
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5
@@ -38,7 +38,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.3, adam_eps=1e-4)
 
 LAYOUTS = [
     Layout(),
-    Layout(seq_length=26),  # one sample a row: nothing is packed
+    Layout(packed=False),
+    Layout(tp=2, pp=2, packed=False),
     Layout(tp=2),
     Layout(pp=2),
     Layout(tp=2, pp=2),
@@ -64,8 +65,12 @@ def train_config(**changes: Any) -> TrainConfig:
     )
 
 
+MIXED = (1, 0, 2, 1)
+"""Images of the samples in turn."""
+
+
 @cache
-def reference_batches() -> tuple[tuple[ReferenceSample, ...], ...]:
+def reference_batches(images: tuple[int, ...] = MIXED) -> tuple[tuple[ReferenceSample, ...], ...]:
     samples = [
         ReferenceSample(
             input_ids=torch.from_numpy(sample.input_ids),
@@ -73,7 +78,7 @@ def reference_batches() -> tuple[tuple[ReferenceSample, ...], ...]:
             pixel_values=torch.from_numpy(sample.pixel_values),
             image_ids=torch.from_numpy(sample.image_ids),
         )
-        for sample in make_samples(NUM_SAMPLES, VOCAB, CONTEXT)
+        for sample in make_samples(NUM_SAMPLES, CONTEXT, images_of_sample=images)
     ]
     return tuple(
         tuple(
@@ -87,31 +92,38 @@ def reference_batches() -> tuple[tuple[ReferenceSample, ...], ...]:
 
 
 @cache
-def reference_gradients(weight: str = "token") -> dict[str, Tensor]:
+def reference_gradients(
+    weight: str = "token", images: tuple[int, ...] = MIXED
+) -> dict[str, Tensor]:
     model = tiny_model()
-    iteration_loss(model, reference_batches()[0], weight, img_context_token_id=CONTEXT).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    batch = reference_batches(images)[0]
+    iteration_loss(model, batch, weight, img_context_token_id=CONTEXT).backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
 
 
 @cache
-def reference_run(weight: str = "token", drop_path: float = 0.0) -> TrainingRun:
+def reference_run(
+    weight: str = "token", drop_path: float = 0.0, images: tuple[int, ...] = MIXED
+) -> TrainingRun:
     def multipliers(iteration: int) -> Any:
         def multiplier(image_id: int, layer: int, branch: int) -> float:
             scales = drop_path_scales(
                 seed=SEED,
                 iteration=iteration,
                 image_ids=[image_id],
-                layer=layer,
-                branch=branch,
-                rate=drop_path_rate(layer, 3, drop_path),
+                num_layers=3,
+                max_rate=drop_path,
             )
-            return float(scales[0])
+            return float(scales[layer, branch, 0])
 
         return multiplier
 
     return train(
         tiny_model(),
-        reference_batches(),
+        reference_batches(images),
         cosine_learning_rates(OPTIMIZER.lr, NUM_ITERATIONS, OPTIMIZER.lr_warmup_fraction),
         img_context_token_id=CONTEXT,
         weight=weight,
@@ -122,14 +134,16 @@ def reference_run(weight: str = "token", drop_path: float = 0.0) -> TrainingRun:
     )
 
 
-def run(layout: Layout, config: TrainConfig, **changes: Any) -> ParallelRun:
+def run(
+    layout: Layout, config: TrainConfig, images: tuple[int, ...] = MIXED, **changes: Any
+) -> ParallelRun:
     return run_ranks(
         layout.world_size,
         train_parallel,
         layout,
         tiny_config(**changes),
         dict(tiny_model(**changes).state_dict()),
-        make_samples(NUM_SAMPLES, VOCAB, CONTEXT),
+        make_samples(NUM_SAMPLES, CONTEXT, images_of_sample=images),
         config,
         OPTIMIZER,
         NUM_ITERATIONS,
@@ -176,6 +190,30 @@ def test_drop_path_is_the_same_in_every_layout(layout: Layout) -> None:
     truth = reference_run(drop_path=0.6)
     assert truth.losses[1] != reference_run().losses[1], "something must have been dropped"
     check_steps(run(layout, train_config(vision_drop_path_rate=0.6)), truth)
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("images", "layout"),
+    [
+        ((0,), Layout(pp=2, pipeline_layout="vv|vpEtttL")),
+        ((0,), Layout(tp=2, pp=2)),
+        ((0,), Layout(pp=3, pipeline_layout="vv|vp|EtttL")),
+        # one picture in ten samples: most microbatches, and one DP rank, have none
+        ((1, *[0] * 9), Layout(pp=2, dp=2, packed=False, pipeline_layout="vv|vpEtttL")),
+        ((1, *[0] * 9), Layout(tp=2, dp=2)),
+    ],
+    ids=str,
+)
+def test_microbatches_without_images(images: tuple[int, ...], layout: Layout) -> None:
+    """The same graph everywhere, and gradients of exactly zero where no picture is."""
+    found = run(layout, train_config(vision_drop_path_rate=0.6), images)
+    truth = reference_gradients("token", images)
+    if images == (0,):
+        assert not any(truth[name].any() for name in truth if "vision_model" in name)
+    check_steps(found, reference_run("token", 0.6, images))
+    found = run(layout, train_config(), images)
+    assert worst(found.gradients, truth) < (GRADIENT_TOLERANCE, "")
 
 
 @pytest.mark.distributed
