@@ -26,7 +26,7 @@ def optimizer_sharded_state(
 ) -> dict[str, Any]:
     """Describe the optimizer's tensors for `storage.save_sharded` or `storage.load_sharded`.
 
-    Collective. Keys on disk are ``optimizer.state.{fp32_param,exp_avg,exp_avg_sq}.model.<name>``.
+    Collective. Keys on disk are ``optimizer.state.{param,exp_avg,exp_avg_sq}.model.<name>``.
 
     Args:
         optimizer: megatron-core's.

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 
 from mmlm.checkpoint.manifest import Manifest, resolve
 from mmlm.checkpoint.storage import TensorReader
@@ -21,7 +23,10 @@ from mmlm.config.schema import (
     RunConfig,
     TrainConfig,
 )
-from mmlm.conversion.convert import hf_to_megatron
+from mmlm.conversion.convert import hf_to_megatron, megatron_to_hf
+from mmlm.data.dataset import open_dataset
+from mmlm.data.sample import SampleSettings
+from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import ConfigError
 from mmlm.models.model_provider import build_model, initialize_weights
 from mmlm.parallel import topology
@@ -32,6 +37,7 @@ from mmlm.train.gradients import gather_tensors
 from mmlm.train.trainer import train
 from tests.distributed.launch import RankFailure, run_ranks
 from tests.parity.parallel_run import main_shards
+from tests.parity.reference_model import ReferenceInternVL
 from tests.tiny_data import make_playground, make_tokenizer
 from tests.tiny_weights import tiny_llm_config, tiny_vision_config, write_parts
 
@@ -154,10 +160,61 @@ def test_resume_after_the_end_does_nothing(world: Path, uninterrupted: Path) -> 
 
 
 @pytest.mark.distributed
-def test_resume_with_another_batch_size_is_refused(world: Path, uninterrupted: Path) -> None:
-    with pytest.raises(RankFailure, match="would repeat or skip samples") as failure:
-        run_ranks(1, train_rank, config(world, uninterrupted, global_batch_size=4))
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"global_batch_size": 4}, "train.global_batch_size was 8 and is 4"),
+        ({"seed": 7}, "train.seed was 42 and is 7"),
+        ({"dtype": "bf16"}, "train.dtype was fp32 and is bf16"),
+    ],
+)
+def test_resume_with_other_settings_is_refused(
+    world: Path, uninterrupted: Path, changes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(RankFailure, match=text) as failure:
+        run_ranks(1, train_rank, config(world, uninterrupted, **changes))
     assert ConfigError.__name__ in str(failure.value)
+
+
+@pytest.mark.distributed
+def test_resume_on_other_data_is_refused(world: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    meta = make_playground(tmp_path / "playground", 24, seed=1)
+    run = config(world, uninterrupted)
+    run = replace(run, data=replace(run.data, meta=str(meta)))
+    with pytest.raises(RankFailure, match="was trained on other data"):
+        run_ranks(1, train_rank, run)
+
+
+@pytest.mark.distributed
+def test_assets_survive_the_checkpoint_that_the_run_resumed_from(
+    world: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    middle = "iter_0000003"
+    shutil.copytree(uninterrupted / "checkpoints" / middle, tmp_path / "checkpoints" / middle)
+    run = config(world, tmp_path)
+    run = replace(run, checkpoint=replace(run.checkpoint, save_interval=1, keep=1))
+    run_ranks(1, train_rank, run)
+    (left,) = (tmp_path / "checkpoints").glob("iter_*")
+    assert left.name == "iter_0000006"
+    for file in (uninterrupted / "checkpoints" / middle / "hf_assets").iterdir():
+        assert (left / "hf_assets" / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.distributed
+def test_bf16_resumes_from_fp32_main_weights(world: Path, tmp_path: Path) -> None:
+    run_ranks(2, train_rank, config(world, tmp_path / "whole", dtype="bf16"))
+    middle = "iter_0000003"
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / middle, tmp_path / "rest" / "checkpoints" / middle
+    )
+    run_ranks(2, train_rank, config(world, tmp_path / "rest", dtype="bf16"))
+    # the same layout and the same main weights and moments: the same numbers to the bit
+    found, truth = curve(tmp_path / "rest"), curve(tmp_path / "whole")[3:]
+    assert [line["loss"] for line in found] == [line["loss"] for line in truth]
+    infos = TensorReader(resolve(tmp_path / "rest" / "checkpoints")).infos
+    name = "model.language_model.output_layer.weight"
+    assert infos[name].dtype == torch.bfloat16
+    assert infos[f"optimizer.state.param.{name}"].dtype == torch.float32
 
 
 def evaluate_rank(run: RunConfig, meta: str) -> dict[str, Any]:
@@ -165,21 +222,67 @@ def evaluate_rank(run: RunConfig, meta: str) -> dict[str, Any]:
     return evaluate_checkpoint(run, meta, place, resolve_backend(BackendConfig()))
 
 
+def reference_scores(hf: Path, meta: Path, cache: Path) -> tuple[float, list[bool]]:
+    """Mean cross entropy a token, and for each answer whether greedy decoding gives it.
+
+    Plain PyTorch, one sample at a time, from an exported HuggingFace folder.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for file in hf.glob("*.safetensors"):
+        tensors.update(load_file(file))
+    model = ReferenceInternVL(json.loads((hf / "config.json").read_text()))
+    model.load_state_dict(tensors)
+    tokenizer = Tokenizer(hf)
+    settings = SampleSettings(seq_length=128, image_size=56, embeddings_per_image=4)
+    dataset = open_dataset(meta, tokenizer, settings, cache_dir=cache)
+    losses, answers = [], []
+    for sample_id in dataset.table.usable.tolist():
+        sample = dataset.sample(sample_id, seed=0, epoch=0, with_pixels=True)
+        with torch.no_grad():
+            logits = model(
+                torch.from_numpy(sample.input_ids),
+                torch.from_numpy(sample.pixel_values),
+                torch.from_numpy(sample.image_ids),
+                tokenizer.img_context_id,
+            )
+        labels = torch.from_numpy(sample.labels)
+        losses.append(cross_entropy(logits, labels, ignore_index=-100, reduction="none"))
+        right, answer = logits.argmax(-1) == labels, []
+        for position in range(len(labels)):
+            if labels[position] != -100:
+                answer.append(bool(right[position]))
+            elif answer:
+                answers.append(all(answer))
+                answer = []
+    every = torch.cat(losses)
+    return (every.sum() / (every != 0).sum()).item(), answers
+
+
 @pytest.mark.distributed
-def test_evaluation_is_the_same_in_every_layout(
-    world: Path, uninterrupted: Path, tmp_path: Path
+def test_evaluation_equals_the_reference_on_the_exported_weights(
+    world: Path, tmp_path: Path
 ) -> None:
-    run = config(world, tmp_path)
-    run = replace(run, checkpoint=CheckpointConfig(load=str(uninterrupted / "checkpoints")))
-    (alone,) = run_ranks(1, evaluate_rank, run, run.data.meta)
-    parallel = replace(run, parallel=config(world, tmp_path, tp=2, pp=2).parallel)
-    together, *rest = run_ranks(4, evaluate_rank, parallel, run.data.meta)
-    assert rest == [{}, {}, {}]
-    assert together["total"]["loss"] == pytest.approx(alone["total"]["loss"], rel=TOLERANCE)
-    for report in (alone, together):
-        assert report["total"]["num_samples"] == 40
-        assert set(report["sets"]) == {"pictured", "text_only"}
-    assert together["sets"].keys() == alone["sets"].keys()
+    """Training at PP 2, export, and evaluation at TP 2 against plain PyTorch on the export."""
+    run = config(world, tmp_path, pp=2, train_iters=80, vision_drop_path_rate=0.0)
+    run = replace(run, optimizer=OptimizerConfig(lr=1e-2))
+    run = replace(run, checkpoint=replace(run.checkpoint, save_interval=0))
+    run_ranks(2, train_rank, run)
+    megatron_to_hf(load=tmp_path / "checkpoints", output=tmp_path / "hf")
+    loss, answers = reference_scores(tmp_path / "hf", Path(run.data.meta), tmp_path / "cache")
+    assert 0 < sum(answers) < len(answers), "both rights and wrongs must be seen"
+    judged = replace(
+        run,
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        checkpoint=CheckpointConfig(load=str(tmp_path / "checkpoints")),
+    )
+    report, *rest = run_ranks(2, evaluate_rank, judged, run.data.meta)
+    assert rest == [{}]
+    assert report["total"]["num_answers"] == len(answers)
+    assert report["total"]["exact_match"] == pytest.approx(sum(answers) / len(answers))
+    # measured: 1e-7
+    assert report["total"]["loss"] == pytest.approx(loss, rel=TOLERANCE)
+    assert set(report["sets"]) == {"pictured", "text_only"}
+    assert sum(scores["num_samples"] for scores in report["sets"].values()) == 40
 
 
 def fresh_weights_rank(run: RunConfig) -> dict[str, torch.Tensor]:
