@@ -49,7 +49,7 @@ def main() -> None:
         use_cpu_initialization=topology.device.type == "cpu",
     )
     layer = build_module(
-        vision_layer_spec(resolve_backend(BackendConfig()), SIZES, max_drop_path_rate=0.0),
+        vision_layer_spec(resolve_backend(BackendConfig()), SIZES),
         config,
         layer_number=1,
         pg_collection=topology.groups,

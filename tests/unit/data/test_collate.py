@@ -98,11 +98,25 @@ def test_ranks_without_pixels_get_none_but_all_positions() -> None:
     assert batch.image_positions.tolist() == [1, 2] and batch.image_ids.tolist() == [128]
 
 
-def test_moving_to_a_device_keeps_everything_else() -> None:
-    batch = make([sample(2, 5, 1)])
-    moved = batch.to("meta")
-    assert moved.input_ids.device.type == "meta" and moved.pixel_values is not None
-    assert moved.pixel_values.device.type == "meta"
-    assert moved.segment_lengths == batch.segment_lengths
-    without = make([sample(2, 5, 1, pixels=False)], with_pixels=False).to("meta")
-    assert without.pixel_values is None
+def test_pinning_takes_every_tensor_and_keeps_everything_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a GPU nothing can be pinned: what torch would be asked for is recorded."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor + 1
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    for pixels in (True, False):
+        batch = make([sample(2, 5, 1, pixels=pixels)], with_pixels=pixels)
+        copy = batch.pin_memory()
+        assert len(pinned) == (7 if pixels else 6)
+        for name, value in vars(batch).items():
+            if isinstance(value, torch.Tensor):
+                assert any(value is tensor for tensor in pinned), name
+                assert torch.equal(getattr(copy, name), value + 1), name
+            else:
+                assert getattr(copy, name) == value, name
+        pinned.clear()

@@ -108,6 +108,19 @@ def test_the_next_iteration_is_prepared_and_none_beyond_the_end(dataset: Dataset
     assert planned == [0, 1, 2]
 
 
+def test_batches_are_pinned_where_it_is_asked_for(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned: list[Batch] = []
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: pinned.append(batch) or batch)
+    with loader(dataset, end_iteration=1) as source:
+        source.batches(0)
+    assert pinned == []
+    with loader(dataset, end_iteration=1, pin_memory=True) as source:
+        batches = source.batches(0)[1]
+    assert {id(batch) for batch in batches} == {id(batch) for batch in pinned}
+
+
 def test_an_evaluation_gives_every_sample_once(dataset: Dataset) -> None:
     evaluation = EvaluationPlanner(table=dataset.table, **LAYOUT)
     seen: list[int] = []

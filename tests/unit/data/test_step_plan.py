@@ -110,7 +110,7 @@ def test_a_plan_keeps_every_promise(
         for rows in rank:
             assert len(rows) == micro_batch_size
             assert all(sum(sizes.num_tokens[list(row)]) <= SEQ_LENGTH for row in rows)
-    total = math.fsum(plan.token_weight(s) * sizes.num_supervised_tokens[s] for s in taken)
+    total = math.fsum(plan.token_weights[s] * sizes.num_supervised_tokens[s] for s in taken)
     assert total == pytest.approx(1.0, rel=1e-12)
     assert plan.num_tokens == sizes.num_tokens[taken].sum()
     assert plan.num_images == sizes.num_images[taken].sum()

@@ -28,11 +28,14 @@ def model() -> ModelConfig:
 
 
 def test_images_become_segments() -> None:
-    images = pack_images(tiny().vision, (64, 65), seed=3, iteration=9, device=CPU)
+    scales = torch.rand(3, 2, 2)
+    images = pack_images(tiny().vision, (64, 65), CPU, scales)
     assert images.segment_lengths == (17, 17) and images.image_ids == (64, 65)
-    assert (images.tokens_per_image, images.seed, images.iteration) == (17, 3, 9)
-    none = pack_images(tiny().vision, (), seed=3, iteration=9, device=CPU)
+    assert images.tokens_per_image == 17 and torch.equal(images.drop_path_scales, scales)
+    assert pack_images(tiny().vision, (64, 65), CPU).drop_path_scales is None
+    none = pack_images(tiny().vision, (), CPU, torch.empty(3, 2, 0))
     assert none.segment_lengths == (INERT_TOKENS,) and none.image_ids == ()
+    assert none.drop_path_scales.shape == (3, 2, 0)
 
 
 def _tower(tp_size: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[str]]:
@@ -49,9 +52,9 @@ def _tower(tp_size: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, li
     fill_weights(chunk, place.groups, lambda name, shape: source[name])
     tower = chunk.vision_model
     _, pixels, ids = tiny_input()
-    images = pack_images(sizes.vision, tuple(ids.tolist()), seed=0, iteration=None, device=CPU)
+    images = pack_images(sizes.vision, tuple(ids.tolist()), CPU)
     out = tower(None, pixels, images).detach()
-    inert = pack_images(sizes.vision, (), seed=0, iteration=0, device=CPU)
+    inert = pack_images(sizes.vision, (), CPU, torch.empty(3, 2, 0))
     blank = tower(None, torch.empty(0, 3, 56, 56), inert)
     blank.mul(0.0).sum().backward()
     # a parameter without a gradient would break the hooks of the gradient buffers

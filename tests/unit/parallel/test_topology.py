@@ -1,6 +1,7 @@
 """Places in the TP x PP x DP grid, worlds that do not fit, and a world of one."""
 
 import os
+from datetime import timedelta
 
 import pytest
 import torch
@@ -39,7 +40,9 @@ def _place() -> dict[str, object]:
         "ranks": (place.tp_rank, place.dp_rank, place.pp_rank),
         "sizes": (place.tp_size, place.dp_size, place.pp_size),
         "members": tuple(sum_over(g) for g in (place.groups.tp, place.groups.dp, place.groups.pp)),
-        "ends": (place.is_first_stage, place.is_last_stage),
+        "everyone": sum_over(place.control_group),
+        "control": dist.get_backend(place.control_group),
+        "patience": place.control_group._get_backend(torch.device("cpu")).options._timeout,
         "gloo": sum_over(place.dp_gloo_group) == sum_over(place.groups.dp),
         "text": str(place),
     }
@@ -57,7 +60,8 @@ def test_grid_of_eight_ranks() -> None:
             sum(2 ** (4 * pp + 2 * k + tp) for k in range(2)),
             sum(2 ** (4 * k + 2 * dp + tp) for k in range(2)),
         )
-        assert found["ends"] == (pp == 0, pp == 1)
+        assert (found["everyone"], found["control"]) == (2**8 - 1, "gloo")
+        assert found["patience"] == timedelta(hours=24)
         assert found["gloo"]
         assert found["text"] == "TP 2 x PP 2 x DP 2 = 8 processes"
 
@@ -72,7 +76,6 @@ def _world_of_one() -> None:
     for _ in range(2):  # it can be taken down and built again
         place = topology.initialize(ParallelConfig())
         assert (place.world_size, place.tp_size, place.pp_size, place.dp_size) == (1, 1, 1, 1)
-        assert place.is_first_stage and place.is_last_stage
         topology.destroy()
         assert not dist.is_initialized()
 
