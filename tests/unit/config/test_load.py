@@ -1,14 +1,24 @@
 """Recipes, overrides of every type, and each way in which they can be wrong."""
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mmlm.config.load import apply_overrides, load_recipe, to_json, write_resolved
+from mmlm.config.load import apply_overrides, from_json, load_recipe, to_json, write_resolved
 from mmlm.config.presets import tiny
-from mmlm.config.schema import OptimizerConfig, RunConfig, TrainConfig
+from mmlm.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from mmlm.errors import ConfigError
 
 RECIPE = """
@@ -85,6 +95,67 @@ def test_override_of_each_type() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "changed"),
+    [
+        # min_lr above the lr of the start; nothing left to train; heads that do not divide
+        (("optimizer.min_lr=2e-5", "optimizer.lr=3e-5"), {"min_lr": 2e-5, "lr": 3e-5}),
+        (
+            (
+                "train.freeze_vision_model=false",
+                "train.freeze_vision_projection=true",
+                "train.freeze_language_model=true",
+            ),
+            {"freeze_vision_projection": True, "freeze_language_model": True},
+        ),
+        (
+            ("model.vision.hidden_size=42", "model.vision.num_attention_heads=6"),
+            {"hidden_size": 42, "num_attention_heads": 6},
+        ),
+    ],
+)
+def test_overrides_of_a_section_are_made_at_once(
+    overrides: tuple[str, ...], changed: dict[str, Any]
+) -> None:
+    """One by one they break a rule in some order; together they keep it in every order."""
+    start = RunConfig(model=tiny(), train=TrainConfig(freeze_vision_model=True))
+    for order in itertools.permutations(overrides):
+        config = apply_overrides(start, order)
+        assert config.model is not None
+        sections = vars(config.train) | vars(config.optimizer) | vars(config.model.vision)
+        assert {name: sections[name] for name in changed} == changed
+
+    def one_by_one(order: tuple[str, ...]) -> bool:
+        config = start
+        try:
+            for override in order:
+                config = apply_overrides(config, [override])
+        except ConfigError:
+            return False
+        return True
+
+    assert not all(one_by_one(order) for order in itertools.permutations(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model=none", "model.vision.num_layers=2"],
+            "--set model.vision.num_layers: 'model' was set as a whole before",
+        ),
+        (
+            ["model.vision.num_layers=2", "model=none"],
+            "--set model: fields inside 'model' were set before",
+        ),
+    ],
+)
+def test_a_section_is_set_as_a_whole_or_by_field(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(RunConfig(model=tiny()), overrides)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("train.seed", "--set 'train.seed' must read section.field=value"),
@@ -127,3 +198,41 @@ def test_resolved_config_is_json_that_keeps_everything(tmp_path: Path) -> None:
     assert "ausgabe/ä" in text and text.endswith("}\n")
     assert to_json(config)["model"]["vision"]["num_attention_heads"] == 5
     assert to_json(config)["optimizer"]["lr"] == 1e-5
+
+
+@pytest.mark.parametrize("model", [None, dataclasses.replace(tiny(), ps_version="v2")])
+def test_resolved_config_reads_back(tmp_path: Path, model: ModelConfig | None) -> None:
+    """Every section with another value than its default, through the text of a file."""
+    config = RunConfig(
+        output_dir="ausgabe/ä",
+        model=model,
+        parallel=ParallelConfig(tensor_model_parallel_size=2, pipeline_layout="vv|vpEt|ttL"),
+        data=DataConfig(meta="a.json", policy="skip"),
+        eval_meta="held_out.json",
+        train=TrainConfig(train_iters=7, dtype="fp32", freeze_vision_model=True),
+        optimizer=OptimizerConfig(lr=1e-5, min_lr=3e-7),
+        checkpoint=CheckpointConfig(load="there", keep=0),
+    )
+    file = tmp_path / "config.json"
+    write_resolved(config, file)
+    back = from_json(RunConfig, json.loads(file.read_text("utf-8")))
+    assert back == config and type(back) is RunConfig and type(back.train) is TrainConfig
+    assert back.model is None if model is None else type(back.model) is ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (RunConfig, 3, "RunConfig must be an object of its fields, found 3"),
+        (RunConfig, {"train": None}, "TrainConfig must be an object of its fields, found None"),
+        (RunConfig, {"train": {"sed": 1, "bed": 2}}, "TrainConfig has no field 'bed', 'sed'"),
+        (RunConfig, {"train": {"epochs": 0}}, "train: epochs 0 must be at least 1"),
+        (ModelConfig, {"ps_version": "v1"}, "ModelConfig: "),  # python names what is missing
+    ],
+)
+def test_what_is_no_config_is_refused(kind: type, content: Any, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_json(kind, content)
+    assert str(caught.value).startswith(message)
+    if message == "ModelConfig: ":
+        assert "'vision' and 'language'" in str(caught.value)
