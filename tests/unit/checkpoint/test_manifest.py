@@ -62,8 +62,19 @@ def save(root: Path, iteration: int) -> Path:
     return publish(directory, root, iteration)
 
 
-def test_a_manifest_reads_back(tmp_path: Path):
+@pytest.mark.parametrize("data", [None, {"图": 12, "text": 3, "tokens": 4096}])
+def test_a_manifest_reads_back(tmp_path: Path, data: dict[str, int] | None):
+    manifest = replace(MANIFEST, data=data)
+    manifest.write(tmp_path)
+    assert Manifest.read(tmp_path) == manifest
+
+
+def test_a_manifest_without_data_is_read(tmp_path: Path):
     MANIFEST.write(tmp_path)
+    file = tmp_path / "mmlm.json"
+    content = json.loads(file.read_text())
+    del content["data"]
+    file.write_text(json.dumps(content))
     assert Manifest.read(tmp_path) == MANIFEST
 
 
@@ -81,7 +92,9 @@ def test_damage_is_named(tmp_path: Path):
         ({"stray": 1}, "damaged: .*'stray'"),
         ({"model": {**good["model"], "ps_version": "v9"}}, "damaged: .*ps_version 'v9'"),
         ({"model": {"vision": {}}}, "damaged"),
-        ({"model": 3}, "damaged"),
+        ({"model": 3}, "damaged: ModelConfig must be an object of its fields, found 3"),
+        ({"model": None}, "damaged: ModelConfig must be an object"),
+        ({"model": {**good["model"], "depth": 3}}, "damaged: ModelConfig has no field 'depth'"),
     ):
         file.write_text(json.dumps({**good, **change}))
         with pytest.raises(CheckpointError, match=message):
@@ -114,6 +127,18 @@ def test_what_cannot_be_resolved_is_explained(tmp_path: Path):
     message = r"iter_0000400 is missing or incomplete; give one of \['iter_0000200'\] itself"
     with pytest.raises(CheckpointError, match=message):
         resolve(tmp_path)
+
+
+def test_without_latest_the_newest_complete_one_is_meant(tmp_path: Path):
+    """A kill after the first checkpoint was complete and before it was named."""
+    for iteration in (1000, 200):
+        save(tmp_path, iteration)
+    unfinished = temporary_dir(tmp_path, 2000)
+    unfinished.mkdir()
+    MANIFEST.write(unfinished)
+    (tmp_path / iteration_name(3000)).mkdir()  # without a manifest: half deleted
+    (tmp_path / "latest").unlink()
+    assert resolve(tmp_path) == tmp_path / "iter_0001000"
 
 
 @pytest.mark.parametrize("killed_in", ["rename", "write_text", "replace", "_remove"])

@@ -13,7 +13,7 @@ from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.presets import tiny
 from mmlm.config.schema import ParallelConfig
-from mmlm.errors import CheckpointError
+from mmlm.errors import MmlmError
 from mmlm.parallel import topology
 from tests.distributed.launch import run_ranks
 
@@ -24,8 +24,8 @@ def state(data: torch.Tensor) -> dict[str, Any]:
     return {"model": {"weight": ShardedTensor.from_rank_offsets("model.weight", data, place)}}
 
 
-def _save(root: str, iteration: int, assets: str | None, keep: int) -> str:
-    topology.initialize(ParallelConfig(tensor_model_parallel_size=2))
+def _save(root: str, iteration: int, assets: dict[str, bytes], keep: int) -> str:
+    place = topology.initialize(ParallelConfig(tensor_model_parallel_size=2))
     manifest = Manifest(
         iteration=iteration,
         consumed_samples=0,
@@ -35,10 +35,16 @@ def _save(root: str, iteration: int, assets: str | None, keep: int) -> str:
         has_optimizer=True,
     )
     data = torch.full((2, 3), float(10 * iteration + dist.get_rank()))
-    folder = None if assets is None else Path(assets)
     try:
-        path = save_checkpoint(Path(root), state(data), manifest, assets=folder, keep=keep)
-    except CheckpointError as error:
+        path = save_checkpoint(
+            Path(root),
+            state(data),
+            manifest,
+            assets=assets,
+            keep=keep,
+            control_group=place.control_group if iteration % 2 else None,
+        )
+    except MmlmError as error:
         return str(error)
     assert path == resolve(Path(root))
     loaded = load_sharded(state(torch.zeros(2, 3)), path)
@@ -48,17 +54,23 @@ def _save(root: str, iteration: int, assets: str | None, keep: int) -> str:
 
 @pytest.mark.distributed
 def test_failure_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
-    root, assets = tmp_path / "checkpoints", tmp_path / "assets"
-    assets.mkdir()
-    (assets / "tokenizer.model").write_text("pieces")
+    root, assets = tmp_path / "checkpoints", {"tokenizer.model": b"pieces"}
     for iteration in (1, 2, 3):
         expected = f"iter_{iteration:07d}"
-        assert run_ranks(2, _save, str(root), iteration, str(assets), 2) == [expected] * 2
+        assert run_ranks(2, _save, str(root), iteration, assets, 2) == [expected] * 2
     assert sorted(path.name for path in root.glob("iter_*")) == ["iter_0000002", "iter_0000003"]
     assert (root / "iter_0000003" / ASSETS_DIR / "tokenizer.model").read_text() == "pieces"
 
-    for message in run_ranks(2, _save, str(root), 4, str(tmp_path / "gone"), 2):
-        assert message.startswith(f"{root}: the checkpoint could not be completed: ")
+    unwritable = {**assets, "no/such/folder": b""}
+    for message in run_ranks(2, _save, str(root), 4, unwritable, 2):
+        assert message.startswith(str(root))
+        assert message.endswith(f"{ASSETS_DIR}/no/such/folder: No such file or directory")
     assert resolve(root).name == "iter_0000003"
     # the next attempt is not disturbed by what the failed one left
-    assert run_ranks(2, _save, str(root), 4, str(assets), 2) == ["iter_0000004"] * 2
+    assert run_ranks(2, _save, str(root), 4, assets, 2) == ["iter_0000004"] * 2
+
+
+@pytest.mark.distributed
+def test_without_assets_there_is_no_folder_for_them(tmp_path: Path) -> None:
+    run_ranks(2, _save, str(tmp_path), 1, {}, 0)
+    assert not (resolve(tmp_path) / ASSETS_DIR).exists()
