@@ -13,9 +13,14 @@ from torch import Tensor
 
 from mmlm.config.presets import tiny
 from mmlm.config.schema import BackendConfig, ModelConfig, ParallelConfig, TrainConfig
-from mmlm.errors import ConfigError
+from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
-from mmlm.models.model_provider import build_model, initialize_weights, model_state
+from mmlm.models.model_provider import (
+    build_model,
+    initialize_weights,
+    load_weights,
+    model_state,
+)
 from mmlm.parallel import topology
 from mmlm.parallel.backend import resolve_backend
 from mmlm.parallel.stage_plan import make_stage_plan
@@ -157,3 +162,47 @@ def test_every_shard_is_marked_for_the_gradient_norm_and_nothing_else() -> None:
         assert rank.keys() == whole.keys()
         for name, (shape, marked) in rank.items():
             assert marked is (shape != whole[name][0]), name
+
+
+class WithExtraState(torch.nn.Linear):
+    """A linear layer with state beside its weights, as transformer-engine's keep for fp8."""
+
+    def get_extra_state(self) -> Tensor:
+        """An empty tensor."""
+        return torch.empty(0)
+
+    def set_extra_state(self, state: Any) -> None:
+        """There is nothing to take."""
+
+
+def stand_in() -> Any:
+    """A layer like transformer-engine's and an ordinary one."""
+    return torch.nn.ModuleDict({"te": WithExtraState(2, 3), "norm": torch.nn.LayerNorm(3)})
+
+
+def complete(chunk: Any) -> dict[str, Tensor]:
+    """A value for each parameter under its name in a checkpoint."""
+    return {
+        f"model.{name}": torch.full_like(parameter, 1.0 + number)
+        for number, (name, parameter) in enumerate(chunk.named_parameters())
+    }
+
+
+def test_extra_state_is_not_asked_for() -> None:
+    chunk = stand_in()
+    assert "te._extra_state" in chunk.state_dict()
+    tensors = complete(chunk)
+    load_weights(chunk, tensors)
+    for name, parameter in chunk.named_parameters():
+        assert torch.equal(parameter, tensors[f"model.{name}"]), name
+
+
+def test_weights_that_are_missing_or_too_many_are_named() -> None:
+    tensors = complete(stand_in())
+    del tensors["model.norm.bias"]
+    with pytest.raises(CheckpointError) as caught:
+        load_weights(stand_in(), tensors)
+    assert str(caught.value) == "weights do not fit: missing ['norm.bias'], unexpected []"
+    tensors = complete(stand_in()) | {"model.head.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"missing \[\], unexpected \['head\.weight'\]"):
+        load_weights(stand_in(), tensors)
