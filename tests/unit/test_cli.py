@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 
 from mmlm import cli
-from mmlm.config.schema import RunConfig
+from mmlm.checkpoint.manifest import Manifest
+from mmlm.config.load import to_json
+from mmlm.config.presets import tiny
+from mmlm.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from mmlm.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,19 +164,98 @@ def test_train_hands_on_the_overridden_recipe(
     assert config.data.meta == str(meta)
 
 
-def test_evaluate_prints_and_writes_the_report(
-    calls: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    meta, output = tmp_path / "held_out.json", tmp_path / "report.json"
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A checkpoint (without tensors) of a run with settings of its own, at TP 2."""
+    folder = tmp_path / "iter_0000009"
+    folder.mkdir()
+    run = RunConfig(
+        parallel=ParallelConfig(tensor_model_parallel_size=2),
+        data=DataConfig(meta="its.json", seq_length=96),
+        train=TrainConfig(dtype="fp32", global_batch_size=4),
+        checkpoint=CheckpointConfig(load="older"),
+    )
+    Manifest(
+        iteration=9,
+        consumed_samples=36,
+        dtype="fp32",
+        model=tiny(),
+        run_config=to_json(run),
+        has_optimizer=True,
+    ).write(folder)
+    return folder
+
+
+@pytest.fixture
+def held_out(tmp_path: Path) -> Path:
+    """A meta json."""
+    meta = tmp_path / "held_out.json"
     meta.write_text("{}")
-    arguments = ["--load", "some/checkpoints", "--data", str(meta), "--output", str(output)]
+    return meta
+
+
+def test_evaluate_prints_and_writes_the_report(
+    calls: list[Any],
+    trained: Path,
+    held_out: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Into a folder that is made for it."""
+    output = tmp_path / "reports" / "new" / "report.json"
+    arguments = ["--load", str(trained), "--data", str(held_out), "--output", str(output)]
     assert cli.main(["evaluate", *arguments, "--set", "data.seq_length=64"]) == 0
     _, (command, config, given), end = calls
-    assert (command, given, end) == ("evaluate", str(meta), "destroy")
-    assert config.checkpoint.load == "some/checkpoints" and config.data.seq_length == 64
+    assert (command, given, end) == ("evaluate", str(held_out), "destroy")
+    assert config.checkpoint.load == str(trained) and config.data.seq_length == 64
     printed = capsys.readouterr().out
     assert output.read_text("utf-8") == printed and "bücher" in printed
     assert json.loads(printed)["total"] == {"loss": 0.5}
+
+
+def test_evaluate_takes_the_settings_of_the_checkpoint(
+    calls: list[Any], trained: Path, held_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the layout: it runs in one process, or in as many as are started."""
+    from mmlm.parallel import backend
+
+    asked: list[Any] = []
+    monkeypatch.setattr(backend, "resolve_backend", lambda *given: asked.append(given))
+    assert cli.main(["evaluate", "--load", str(trained), "--data", str(held_out)]) == 0
+    parallel, (_, config, _), _ = calls
+    assert parallel == config.parallel == ParallelConfig()
+    assert (config.train.dtype, config.train.global_batch_size) == ("fp32", 4)
+    assert config.data.seq_length == 96
+    assert config.checkpoint.load == str(trained)
+    assert asked == [(config.backend, "fp32")]
+
+
+def test_evaluate_prefers_the_recipe(
+    calls: list[Any], trained: Path, held_out: Path, recipe: str
+) -> None:
+    arguments = ["--load", str(trained), "--data", str(held_out), "--recipe", recipe]
+    assert cli.main(["evaluate", *arguments]) == 0
+    _, (_, config, _), _ = calls
+    assert config.model == tiny() and config.train == TrainConfig()
+    assert config.checkpoint.load == str(trained)
+
+
+def test_output_that_cannot_be_is_known_before_the_work(
+    calls: list[Any], trained: Path, held_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = held_out / "report.json"  # below a file
+    arguments = ["--load", str(trained), "--data", str(held_out), "--output", str(output)]
+    assert cli.main(["evaluate", *arguments]) == 1
+    assert calls == []
+    assert capsys.readouterr().err == f"error: --output {output}: File exists\n"
+
+
+def test_evaluate_names_a_checkpoint_that_is_not_there(
+    calls: list[Any], held_out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "--load", "nowhere", "--data", str(held_out)]) == 1
+    assert calls == []
+    assert capsys.readouterr().err.startswith("error: nowhere: does not exist; a checkpoint is a")
 
 
 def test_help_and_wrong_settings_need_no_megatron() -> None:

@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard: what is written, by whom, and what a resume drops."""
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,6 +99,20 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     assert losses == [(k, pytest.approx(1 / 3 + k, rel=1e-6)) for k in range(3)]
     assert [(e.step, e.value) for e in board.Scalars("eval/exact_match")] == [(3, 0.75)]
     assert "train/iteration" not in board.Tags()["scalars"]
+
+
+@pytest.mark.distributed
+def test_a_resume_takes_its_iterations_off_the_board(tmp_path: Path) -> None:
+    """A run that came to iteration 4 after its checkpoint of 3 leaves no second value of 3."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_ranks(1, _log, str(tmp_path), 0, 5)
+    time.sleep(1.1)  # tensorboard orders its files by the second of their start
+    run_ranks(1, _log, str(tmp_path), 3, 6)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(6))
+    assert [event.step for event in board.Scalars("eval/exact_match")] == [6]
 
 
 def test_memory_is_in_bytes() -> None:
