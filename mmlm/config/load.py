@@ -76,6 +76,8 @@ def apply_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
             branch = branch.setdefault(name, {})
             if not isinstance(branch, dict):
                 raise ConfigError(f"--set {key.strip()}: '{name}' was set as a whole before")
+        if isinstance(branch.get(path[-1]), dict):
+            raise ConfigError(f"--set {key.strip()}: fields inside '{path[-1]}' were set before")
         branch[path[-1]] = value.strip()
     replaced: RunConfig = _replaced(config, tree, "")
     return replaced
@@ -91,7 +93,8 @@ def _replaced(section: Any, changes: dict[str, Any], prefix: str) -> Any:
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
             raise ConfigError(
-                f"--set {key}: there is no field '{name}'; the nearest is '{near[0]}' "
+                f"--set {_whole(key, change)}: there is no field '{name}'; the nearest is "
+                f"'{near[0]}' "
                 f"(all: {', '.join(names)})"
             )
         if not isinstance(change, dict):
@@ -99,9 +102,19 @@ def _replaced(section: Any, changes: dict[str, Any], prefix: str) -> Any:
             continue
         inner = getattr(section, name)
         if not dataclasses.is_dataclass(inner):
-            raise ConfigError(f"--set {key}: '{name}' has no fields of its own here")
+            raise ConfigError(
+                f"--set {_whole(key, change)}: '{name}' has no fields of its own here"
+            )
         values[name] = _replaced(inner, change, f"{key}.")
     return dataclasses.replace(section, **values)
+
+
+def _whole(key: str, change: Any) -> str:
+    """The key as it was written; of several inside one section the first."""
+    while isinstance(change, dict):
+        name, change = next(iter(change.items()))
+        key = f"{key}.{name}"
+    return key
 
 
 def _parse(kind: Any, value: str, key: str) -> Any:
@@ -137,12 +150,26 @@ def write_resolved(config: RunConfig, path: Path) -> None:
 
 
 def from_json(kind: Any, content: Any) -> Any:
-    """Rebuild a config dataclass (`RunConfig`, `ModelConfig`) from what ``asdict`` made of it."""
+    """Rebuild a config dataclass (`RunConfig`, `ModelConfig`) from what ``asdict`` made of it.
+
+    Raises:
+        ConfigError: if the content is of something else, or breaks a rule.
+    """
     if isinstance(kind, types.UnionType):
         if content is None:
             return None
         kind = next(option for option in typing.get_args(kind) if option is not type(None))
     if not dataclasses.is_dataclass(kind):
         return content
+    name_of_kind = getattr(kind, "__name__", "config")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{name_of_kind} must be an object of its fields, found {content!r}")
     kinds = typing.get_type_hints(kind)
-    return kind(**{name: from_json(kinds[name], value) for name, value in content.items()})  # type: ignore[operator]
+    unknown = sorted(content.keys() - kinds.keys())
+    if unknown:
+        raise ConfigError(f"{name_of_kind} has no field {', '.join(map(repr, unknown))}")
+    values = {name: from_json(kinds[name], value) for name, value in content.items()}
+    try:
+        return kind(**values)  # type: ignore[operator]
+    except TypeError as error:  # a required field is not there
+        raise ConfigError(f"{name_of_kind}: {error}") from None

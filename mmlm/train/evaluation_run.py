@@ -7,6 +7,7 @@ from typing import Any, Literal
 from mmlm.checkpoint.manifest import Manifest, resolve
 from mmlm.config.load import from_json
 from mmlm.config.schema import ParallelConfig, RunConfig, TrainConfig
+from mmlm.errors import CheckpointError, ConfigError
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
@@ -48,11 +49,18 @@ def settings_of(checkpoint: Path) -> RunConfig:
     Raises:
         CheckpointError: if the checkpoint cannot be used.
     """
-    manifest = Manifest.read(resolve(checkpoint))
+    checkpoint = resolve(checkpoint)
+    manifest = Manifest.read(checkpoint)
     if manifest.run_config is None:
         dtype: Literal["bf16", "fp32"] = "fp32" if manifest.dtype == "fp32" else "bf16"
         return RunConfig(train=TrainConfig(dtype=dtype))
-    return replace(from_json(RunConfig, manifest.run_config), parallel=ParallelConfig())
+    try:
+        config: RunConfig = from_json(RunConfig, manifest.run_config)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{checkpoint}: the settings of its run cannot be used: {error}; give --recipe"
+        ) from error
+    return replace(config, parallel=ParallelConfig())
 
 
 def _start(path: Path) -> Start:

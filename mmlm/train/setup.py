@@ -9,7 +9,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest, iterations, resolve
+from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, iterations, resolve
 from mmlm.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
@@ -83,7 +83,8 @@ def find_start(config: RunConfig) -> Start:
         ConfigError: if the sizes are given and differ from the checkpoint's, or are not given.
     """
     root = checkpoint_root(config)
-    resumes = bool(iterations(root))
+    # a kill while an iteration is replaced can leave `latest` and the set-aside checkpoint alone
+    resumes = bool(iterations(root)) or (root / LATEST_FILE).is_file()
     source = root if resumes else Path(config.checkpoint.load) if config.checkpoint.load else None
     if source is None:
         if config.model is None:
@@ -147,10 +148,11 @@ def refuse_other_data(start: Start, dataset: Dataset) -> None:
     Raises:
         ConfigError: naming what differs.
     """
+    before = start.manifest.data if start.resumes and start.manifest is not None else None
     now = data_fingerprint(dataset)
-    if start.resumes and start.manifest is not None and start.manifest.data not in (None, now):
+    if before is not None and list(before.items()) != list(now.items()):  # their order counts too
         raise ConfigError(
-            f"{start.checkpoint} was trained on other data: {start.manifest.data} (usable samples "
+            f"{start.checkpoint} was trained on other data: {before} (usable samples "
             f"of each set), now {now}; resume with the same data, or start a new run in another "
             "output_dir with this one as checkpoint.load"
         )

@@ -82,9 +82,8 @@ def _build(tp_size: int) -> tuple[PaddedHeadsSelfAttention, topology.Topology]:
     configs = make_transformer_configs(
         model, make_stage_plan(model, 1), tp_size=tp_size, pp_size=1, dtype=torch.float32
     )
-    spec = vision_layer_spec(
-        resolve_backend(BackendConfig()), model.vision, max_drop_path_rate=0.0
-    ).submodules.self_attention
+    layer_spec = vision_layer_spec(resolve_backend(BackendConfig()), model.vision)
+    spec = layer_spec.submodules.self_attention
     layer = build_module(spec, config=configs.vision, layer_number=1, pg_collection=place.groups)
     return layer, place
 

@@ -41,48 +41,43 @@ def make_stream() -> Tensor:
     return torch.randn(len(IDS) * TOKENS + PADDING, 40, generator=generator)
 
 
-def packed(iteration: int | None) -> PackedImages:
-    """The images of the stream."""
+def all_scales() -> Tensor:
+    """Multipliers of the three layers of the tower."""
+    found = drop_path_scales(
+        seed=SEED, iteration=ITERATION, image_ids=IDS, num_layers=3, max_rate=RATE
+    )
+    return torch.from_numpy(found)
+
+
+def packed(*, drop: bool) -> PackedImages:
+    """The images of the stream, with or without drop path."""
     images = PackedImages.from_lengths(
         (*[TOKENS] * len(IDS), PADDING),
         torch.device("cpu"),
         image_ids=IDS,
         tokens_per_image=TOKENS,
-        seed=SEED,
-        iteration=iteration,
+        drop_path_scales=all_scales() if drop else None,
     )
     assert isinstance(images, PackedImages)
     return images
 
 
-def scales(layer: int, branch: int) -> Tensor:
-    """One multiplier an image, at the rate of a layer out of three."""
-    rate = RATE * layer / 2
-    found = drop_path_scales(
-        seed=SEED, iteration=ITERATION, image_ids=IDS, layer=layer, branch=branch, rate=rate
-    )
-    return torch.from_numpy(found)
-
-
-def _outputs(weights: dict[str, Tensor]) -> dict[str, Tensor | float]:
+def _outputs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     place = topology.initialize(ParallelConfig())
     model = tiny()
     configs = make_transformer_configs(
         model, make_stage_plan(model, 1), tp_size=1, pp_size=1, dtype=torch.float32
     )
-    spec = vision_layer_spec(
-        resolve_backend(BackendConfig()), model.vision, max_drop_path_rate=RATE
-    )
-    found: dict[str, Tensor | float] = {}
+    spec = vision_layer_spec(resolve_backend(BackendConfig()), model.vision)
+    found: dict[str, Tensor] = {}
     for number in (1, 2, 3):
         layer = build_module(
             spec, config=configs.vision, layer_number=number, pg_collection=place.groups
         )
         missing, unexpected = layer.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.endswith("_extra_state") for name in missing)
-        found[f"rate {number}"] = layer.drop_path_rate
-        for name, iteration in (("train", ITERATION), ("evaluate", None)):
-            out, context = layer(make_stream().unsqueeze(1), packed_seq_params=packed(iteration))
+        for name, drop in (("train", True), ("evaluate", False)):
+            out, context = layer(make_stream().unsqueeze(1), packed_seq_params=packed(drop=drop))
             assert context is None
             found[f"{name} {number}"] = out.detach()[:, 0]
     return found
@@ -114,10 +109,9 @@ def test_layer_is_the_reference_layer_image_by_image() -> None:
     plain = reference()
     weights = {name: tensor.detach() for name, tensor in as_megatron(plain).items()}
     (found,) = run_ranks(1, _outputs, weights)
-    assert [found[f"rate {number}"] for number in (1, 2, 3)] == [0.0, 0.3, 0.6]
     images = make_stream().split([*[TOKENS] * len(IDS), PADDING])
     for number in (1, 2, 3):
-        attention, mlp = scales(number - 1, 0), scales(number - 1, 1)
+        attention, mlp = all_scales()[number - 1]
         if number == 3:  # all four combinations occur
             assert len({(bool(a), bool(m)) for a, m in zip(attention, mlp, strict=True)}) == 4
         for name, multipliers in (

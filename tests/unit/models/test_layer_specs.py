@@ -24,7 +24,7 @@ def _layers() -> tuple[Layer, Layer]:
     )
     found = []
     for spec, config in (
-        (vision_layer_spec(backend, model.vision, max_drop_path_rate=0.0), configs.vision),
+        (vision_layer_spec(backend, model.vision), configs.vision),
         (decoder_layer_spec(backend, model.language), configs.language),
     ):
         layer = build_module(spec, config=config, layer_number=1, pg_collection=place.groups)

@@ -110,12 +110,12 @@ def test_more_stages_than_pieces() -> None:
 
 
 @pytest.mark.parametrize(("num_vision", "num_decoder"), [(1, 1), (3, 4), (5, 2)])
-@pytest.mark.parametrize("images_per_pack", [0.5, 40.0])
+@pytest.mark.parametrize("images_per_token", [0.0003, 0.02])
 def test_automatic_cut_is_the_best_of_all(
-    num_vision: int, num_decoder: int, images_per_pack: float
+    num_vision: int, num_decoder: int, images_per_token: float
 ) -> None:
     sizes = model(num_vision, num_decoder)
-    costs = layer_costs(sizes, images_per_pack)
+    costs = layer_costs(sizes, images_per_token)
     count = len(costs)
     for num_stages in range(1, min(count, 5) + 1):
         best = min(
@@ -124,7 +124,7 @@ def test_automatic_cut_is_the_best_of_all(
             )
             for cuts in combinations(range(1, count), num_stages - 1)
         )
-        plan = make_stage_plan(sizes, num_stages, images_per_pack=images_per_pack)
+        plan = make_stage_plan(sizes, num_stages, images_per_token=images_per_token)
         rows = plan.layout.split("|")
         assert "".join(rows) == flat_letters(sizes) and all(rows) and len(rows) == num_stages
         ends = [sum(map(len, rows[: n + 1])) for n in range(num_stages)]
@@ -133,15 +133,16 @@ def test_automatic_cut_is_the_best_of_all(
 
 
 def test_costs_of_the_published_model() -> None:
-    """Weights of a layer times its tokens, plus scores; 4 images are 4100 and 1024 tokens."""
-    costs = layer_costs(internvl_chat_v1_2(), images_per_pack=4.0, seq_length=2048)
+    """Weights of a layer for one token, plus an image's share: 4 images in 2048 tokens."""
+    costs = layer_costs(internvl_chat_v1_2(), images_per_token=4 / 2048)
     assert len(costs) == 45 + 2 + 60 + 1
-    # qkv, proj and two MLP matrices; each token also meets 1025 keys and 1025 values
-    assert costs[0] == 4100 * (9600 * 3200 + 3200 * 3200 + 2 * 3200 * 12800 + 2 * 1025 * 3200)
-    assert costs[45] == 1024 * (12800 * 7168 + 7168 * 7168)
+    # 4100 tower tokens; each also meets 1025 keys and 1025 values
+    layer = 9600 * 3200 + 3200 * 3200 + 2 * 3200 * 12800 + 2 * 1025 * 3200
+    assert costs[0] * 2048 == 4100 * layer
+    assert costs[45] * 2048 == 1024 * (12800 * 7168 + 7168 * 7168)
     assert costs[46] == 0
     # q, k, v, o (56 and 8 heads of 128), gate, up and down
-    assert costs[47] == 2048 * 7168 * (2 * 7168 + 2 * 1024 + 3 * 20480)
-    assert costs[-1] == 2048 * 7168 * 64009
-    # half of a pack is images by default
+    assert costs[47] == 7168 * (2 * 7168 + 2 * 1024 + 3 * 20480)
+    assert costs[-1] == 7168 * 64009
+    # half of the tokens are images' by default
     assert layer_costs(internvl_chat_v1_2()) == costs
