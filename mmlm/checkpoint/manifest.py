@@ -43,7 +43,7 @@ class Manifest:
     """Sizes of the model."""
     run_config: dict[str, Any] | None
     """The resolved configuration of the run as JSON; None for converted weights."""
-    data: dict[str, int] | None = None
+    data: dict[str, Any] | None = None
     """What the run trains on, for comparison on resume: usable samples of each set, and tokens."""
     has_optimizer: bool
     """Whether a training can be resumed exactly, or only started from the weights."""

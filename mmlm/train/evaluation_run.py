@@ -60,7 +60,8 @@ def settings_of(checkpoint: Path) -> RunConfig:
         raise CheckpointError(
             f"{checkpoint}: the settings of its run cannot be used: {error}; give --recipe"
         ) from error
-    return replace(config, parallel=ParallelConfig())
+    # the checkpoint's own tokenizer is read, wherever the run had it from
+    return replace(config, parallel=ParallelConfig(), data=replace(config.data, tokenizer=""))
 
 
 def _start(path: Path) -> Start:

@@ -98,7 +98,7 @@ class MetricsLog:
         """Record a held-out evaluation after ``iteration`` iterations (rank 0 writes)."""
         if self._outputs is not None:
             for name in ("loss", "exact_match"):
-                self._outputs.board.add_scalar(f"eval/{name}", report["total"][name], iteration)
+                self._outputs.board.add_scalar(f"eval/{name}", report["total"][name], iteration - 1)
             self.say(
                 f"evaluation after {iteration} iterations: loss {report['total']['loss']:.4f}, "
                 f"exact match {report['total']['exact_match']:.1%}"

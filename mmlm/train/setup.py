@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -133,28 +134,31 @@ def _refuse_changes(config: RunConfig, manifest: Manifest, checkpoint: Path) -> 
         )
 
 
-def data_fingerprint(dataset: Dataset) -> dict[str, int]:
-    """What a run trains on, as numbers that change with it."""
-    usable = {
-        index.annotation_set.name: int(index.column("usable").sum()) * index.annotation_set.repeats
+def data_fingerprint(dataset: Dataset) -> dict[str, Any]:
+    """What a run trains on, as JSON values that change with it; the order of the sets counts."""
+    sets = [
+        [
+            index.annotation_set.name,
+            index.annotation_set.repeats * int(index.column("usable").sum()),
+        ]
         for index in dataset.indexes
-    }
-    return {**usable, "tokens": int(dataset.table.num_tokens[dataset.table.usable].sum())}
+    ]
+    tokens = int(dataset.table.num_tokens[dataset.table.usable].sum())
+    return {"samples_of_sets": sets, "tokens": tokens}
 
 
 def refuse_other_data(start: Start, dataset: Dataset) -> None:
     """Refuse to resume on other data: the order would repeat or skip samples.
 
     Raises:
-        ConfigError: naming what differs.
+        ConfigError: with what was trained on and what is there now.
     """
     before = start.manifest.data if start.resumes and start.manifest is not None else None
     now = data_fingerprint(dataset)
-    if before is not None and list(before.items()) != list(now.items()):  # their order counts too
+    if before not in (None, now):
         raise ConfigError(
-            f"{start.checkpoint} was trained on other data: {before} (usable samples "
-            f"of each set), now {now}; resume with the same data, or start a new run in another "
-            "output_dir with this one as checkpoint.load"
+            f"{start.checkpoint} was trained on other data: {before}, now {now}; resume with the "
+            "same data, or start a new run in another output_dir with this one as checkpoint.load"
         )
 
 
