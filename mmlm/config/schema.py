@@ -140,6 +140,8 @@ class ParallelConfig:
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the list of layers (PP)."""
+    sequence_parallel: bool = False
+    """Share tokens between the TP ranks outside of attention and MLP (SP); no effect at TP 1."""
     pipeline_layout: str = "auto"
     """Where the flat layer list is cut, e.g. ``vv|vpEt|ttL``; ``auto`` balances the work."""
 
@@ -151,6 +153,16 @@ class ParallelConfig:
                 for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
             },
         )
+
+    @property
+    def uses_sequence_parallel(self) -> bool:
+        """Whether tokens are really shared: SP asked for, and TP ranks to share with."""
+        return self.sequence_parallel and self.tensor_model_parallel_size > 1
+
+    @property
+    def token_multiple(self) -> int:
+        """What the length of a token stream must be a multiple of."""
+        return self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 
 from mmlm.layers.packed_sequence import PackedSequence
+from mmlm.layers.sequence_region import local_part
 
 
 @dataclass
@@ -65,12 +66,12 @@ class InternVisionLayer(TransformerLayer):
         """Run the layer.
 
         Args:
-            hidden_states: [t, 1, h].
-            packed_seq_params: the images in the stream.
+            hidden_states: [t, 1, h]; with sequence parallelism this TP rank's [t / TP, 1, h].
+            packed_seq_params: the images in the whole stream.
             **unused: what ``TransformerBlock`` passes to every layer and this one has no use for.
 
         Returns:
-            [t, 1, h], and None for megatron-core's cross-attention context.
+            The same shape, and None for megatron-core's cross-attention context.
         """
         attention, bias = self.self_attention(
             self.input_layernorm(hidden_states),
@@ -92,5 +93,6 @@ class InternVisionLayer(TransformerLayer):
         per_token = per_image.repeat_interleave(
             images.tokens_per_image, output_size=len(images.image_ids) * images.tokens_per_image
         )
-        padding = branch.shape[0] - per_token.shape[0]
-        return branch * F.pad(per_token, (0, padding), value=1.0).view(-1, 1, 1)
+        padding = sum(images.segment_lengths) - per_token.shape[0]
+        per_token = F.pad(per_token, (0, padding), value=1.0)
+        return branch * local_part(per_token, self.config, self.pg_collection).view(-1, 1, 1)

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from mmlm.config.schema import LanguageConfig
 from mmlm.layers.packed_sequence import PackedSequence
+from mmlm.layers.sequence_region import (
+    enter_sequence_region,
+    leave_sequence_region,
+    outside_sequence_region,
+)
 from mmlm.layers.trimmed_shard import trimmed_factory
 from mmlm.models.embedding_merge import merge_image_embeddings
 from mmlm.models.layer_specs import block_spec, decoder_layer_spec
@@ -48,6 +53,7 @@ class LanguageModel(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.language = language
+        self.groups = pg_collection
         self.tp_group = pg_collection.tp
         padded_vocab = padded_vocab_size(language.vocab_size, self.tp_group.size())
         self.vocab_rows = padded_vocab // self.tp_group.size()
@@ -56,7 +62,7 @@ class LanguageModel(MegatronModule):
         self.embedding = self.decoder = self.output_layer = None
         if chunk.has_embedding:
             self.embedding = LanguageModelEmbedding(
-                config,
+                outside_sequence_region(config),
                 padded_vocab,
                 language.max_position_embeddings,
                 position_embedding_type="rope",
@@ -83,7 +89,7 @@ class LanguageModel(MegatronModule):
             self.output_layer = ColumnParallelLinear(
                 language.hidden_size,
                 padded_vocab,
-                config=config,
+                config=outside_sequence_region(config),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -104,7 +110,7 @@ class LanguageModel(MegatronModule):
 
         Args:
             hidden_states: image embeddings [m, 1, h] where this chunk embeds the text, otherwise
-                the previous stage's output [t, 1, h].
+                the previous stage's output [t, 1, h] ([t / TP, 1, h] with sequence parallelism).
             input_ids: int64 [t].
             position_ids: int64 [t], restarting in each sample.
             image_positions: int64, rows that image embeddings replace.
@@ -112,11 +118,13 @@ class LanguageModel(MegatronModule):
             segments: the samples of the stream.
 
         Returns:
-            [t, 1, h]; with a head, fp32 logits of this rank's vocabulary rows [k, 1, v].
+            The tensor for the next stage; with a head, fp32 logits of this rank's vocabulary rows
+            [k, 1, v].
         """
         if self.embedding is not None:
             text = self.embedding(input_ids.unsqueeze(0), position_ids=None)
             hidden_states = merge_image_embeddings(text, hidden_states, image_positions)
+            hidden_states = enter_sequence_region(hidden_states, self.config, self.groups)
         if self.decoder is not None:
             rotary = self.rotary_pos_emb(segments.max_seqlen_q)[position_ids]  # [t, 1, 1, d]
             hidden_states = self.decoder(
@@ -127,6 +135,7 @@ class LanguageModel(MegatronModule):
             )
         if self.output_layer is None:
             return hidden_states
+        hidden_states = leave_sequence_region(hidden_states, self.config, self.groups)
         logits, _ = self.output_layer(hidden_states[label_positions])
         return self._hide_padding(logits.float())
 

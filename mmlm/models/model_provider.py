@@ -26,7 +26,13 @@ PARTS = ("vision_model", "vision_projection", "language_model")
 
 
 def build_model(
-    model: ModelConfig, plan: StagePlan, topology: Topology, backend: Backend, train: TrainConfig
+    model: ModelConfig,
+    plan: StagePlan,
+    topology: Topology,
+    backend: Backend,
+    train: TrainConfig,
+    *,
+    sequence_parallel: bool = False,
 ) -> InternVLModel:
     """Build this rank's chunk with all parameters zero and frozen parts marked.
 
@@ -36,6 +42,7 @@ def build_model(
         topology: this rank's place.
         backend: which implementations.
         train: precision and what is frozen.
+        sequence_parallel: whether the TP ranks share the tokens.
 
     Returns:
         The chunk on the topology's device; `initialize_weights` or a checkpoint fills it.
@@ -50,6 +57,7 @@ def build_model(
         tp_size=topology.tp_size,
         pp_size=topology.pp_size,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
+        sequence_parallel=sequence_parallel,
     )
     chunk = InternVLModel(
         configs,

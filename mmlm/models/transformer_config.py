@@ -31,7 +31,13 @@ def padded_vocab_size(vocab_size: int, tp_size: int) -> int:
 
 
 def make_transformer_configs(
-    model: ModelConfig, plan: StagePlan, *, tp_size: int, pp_size: int, dtype: torch.dtype
+    model: ModelConfig,
+    plan: StagePlan,
+    *,
+    tp_size: int,
+    pp_size: int,
+    dtype: torch.dtype,
+    sequence_parallel: bool = False,
 ) -> TransformerConfigs:
     """Build the configs for a layout.
 
@@ -41,13 +47,16 @@ def make_transformer_configs(
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
         dtype: of weights, activations and tensors between stages (float32 or bfloat16).
+        sequence_parallel: whether the TP ranks share the tokens; needs ``tp_size`` > 1.
 
     Returns:
         The two configs, with every fusion off that needs a package we do not require.
     """
     vision, language = model.vision, model.language
     slots = HeadPartition(num_heads=vision.num_attention_heads, tp_size=tp_size).num_slots
-    shared = _shared_settings(tp_size=tp_size, pp_size=pp_size, dtype=dtype)
+    shared = _shared_settings(
+        tp_size=tp_size, pp_size=pp_size, dtype=dtype, sequence_parallel=sequence_parallel
+    )
     return TransformerConfigs(
         vision=TransformerConfig(
             num_layers=vision.num_layers,
@@ -79,10 +88,13 @@ def make_transformer_configs(
     )
 
 
-def _shared_settings(*, tp_size: int, pp_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def _shared_settings(
+    *, tp_size: int, pp_size: int, dtype: torch.dtype, sequence_parallel: bool
+) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": pp_size,
+        "sequence_parallel": sequence_parallel,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "pipeline_dtype": dtype,

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mmlm.config.schema import VisionConfig
+from mmlm.layers.sequence_region import enter_sequence_region, pad_stream, padding_tokens
 from mmlm.layers.vision_layer import PackedImages
 from mmlm.models.layer_specs import block_spec, vision_layer_spec
 from mmlm.parallel.backend import Backend
@@ -45,6 +46,7 @@ class InternVisionModel(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.vision = vision
+        self.groups = pg_collection
         self.pre_process = chunk.has_vision_embedding
         if self.pre_process:
             self.patch_embedding = torch.nn.Conv2d(
@@ -97,7 +99,9 @@ class InternVisionModel(MegatronModule):
         patches = patches.flatten(2).transpose(1, 2)  # [n, g * g, h], rows of the grid in order
         tokens = torch.cat([self.class_embedding.expand(len(patches), -1, -1), patches], dim=1)
         tokens = tokens + self.position_embedding[:, : tokens.shape[1]]
-        return tokens.reshape(-1, 1, tokens.shape[-1])
+        stream = tokens.reshape(-1, 1, tokens.shape[-1])
+        stream = pad_stream(stream, padding_tokens(len(stream), self.config))
+        return enter_sequence_region(stream, self.config, self.groups)
 
 
 def pack_images(
@@ -105,6 +109,7 @@ def pack_images(
     image_ids: tuple[int, ...],
     device: torch.device,
     drop_path_scales: Tensor | None = None,
+    pad_to_multiple_of: int = 1,
 ) -> PackedImages:
     """Describe the stream of ``image_ids``; an inert one of `INERT_TOKENS` when there are none.
 
@@ -113,8 +118,12 @@ def pack_images(
         image_ids: global ids of the images, in order.
         device: where the stream is.
         drop_path_scales: float32 [layers, 2, images] on any device; None: nothing is dropped.
+        pad_to_multiple_of: with sequence parallelism the TP size; padding is a segment of its own.
     """
     lengths = (vision.tokens_per_image,) * len(image_ids) or (INERT_TOKENS,)
+    padding = -sum(lengths) % pad_to_multiple_of
+    if padding:
+        lengths = (*lengths, padding)
     if drop_path_scales is not None:
         drop_path_scales = drop_path_scales.to(device, non_blocking=True)
     packed = PackedImages.from_lengths(

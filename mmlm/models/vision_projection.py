@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mmlm.config.schema import ModelConfig
 from mmlm.layers.norm import LayerNorm
+from mmlm.layers.sequence_region import leave_sequence_region, outside_sequence_region
 from mmlm.models.pixel_shuffle import pixel_shuffle
 
 
@@ -30,15 +31,17 @@ class VisionProjection(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.model = model
+        self.groups = pg_collection
         width = model.language.hidden_size
+        outside = outside_sequence_region(config)
         shared = {
-            "config": config,
+            "config": outside,
             "init_method": config.init_method,
             "bias": True,
             "tp_group": pg_collection.tp,
         }
         self.layernorm = LayerNorm(
-            config, model.projection_input_size, model.projection_layernorm_epsilon
+            outside, model.projection_input_size, model.projection_layernorm_epsilon
         )
         self.linear_fc1 = ColumnParallelLinear(
             model.projection_input_size, width, gather_output=False, **shared
@@ -51,12 +54,13 @@ class VisionProjection(MegatronModule):
         """Project the images.
 
         Args:
-            stream: [t, 1, h], the tower's output.
+            stream: [t, 1, h], the tower's output; with sequence parallelism [t / TP, 1, h].
             num_images: n; 0 means that the stream is inert.
 
         Returns:
             [n * g * g / 4, 1, H]; one inert row when n is 0.
         """
+        stream = leave_sequence_region(stream, self.config, self.groups)
         features = self._features(stream, num_images)
         hidden, _ = self.linear_fc1(self.layernorm(features))
         return self.linear_fc2(F.gelu(hidden))[0]

@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 from mmlm.config.schema import ParallelConfig
 from mmlm.errors import ConfigError
 from mmlm.parallel import cpu_backend
+
+RNG_SEED = 1234
+"""Seed of megatron-core's named random states."""
 
 RANK_ZERO_HOURS = 24
 """How long the others wait while rank 0 measures the data, hours."""
@@ -103,6 +107,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         create_gloo_process_groups=not on_cpu,
     )
+    # nothing is drawn from these states (there is no dropout), but sequence parallelism enters them
+    model_parallel_cuda_manual_seed(RNG_SEED)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     control_group = dist.new_group(backend="gloo", timeout=timedelta(hours=RANK_ZERO_HOURS))
     return Topology(

@@ -62,6 +62,7 @@ def evaluate(
         end_iteration=planner.num_iterations,
         with_pixels=with_pixels,
         num_workers=config.data.num_workers,
+        pad_to_multiple_of=config.parallel.token_multiple,
     ) as loader:
         rounds = range(planner.num_iterations)
         for iteration in tqdm(rounds, desc="evaluate", unit="it", disable=topology.rank > 0):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.utils import get_attr_wrapped_model
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
 from mmlm.config.schema import ModelConfig
@@ -63,6 +63,7 @@ def make_inputs(
     *,
     needs_pixels: bool,
     drop_path: DropPath | None = None,
+    pad_images_to: int = 1,
 ) -> ModelInputs:
     """Move a microbatch to the device and describe its segments and images.
 
@@ -74,6 +75,7 @@ def make_inputs(
         topology: this rank's place.
         needs_pixels: whether images enter the model on this stage.
         drop_path: None switches drop path off.
+        pad_images_to: with sequence parallelism the TP size.
     """
     device = topology.device
     image_ids = tuple(batch.image_ids.tolist())
@@ -93,7 +95,7 @@ def make_inputs(
         position_ids=batch.position_ids.to(device, non_blocking=True),
         segments=PackedSequence.from_lengths(batch.segment_lengths, device),
         pixel_values=share_pixels(batch, model, topology) if needs_pixels else None,
-        images=pack_images(model.vision, image_ids, device, scales),
+        images=pack_images(model.vision, image_ids, device, scales, pad_images_to),
         image_positions=batch.image_positions.to(device, non_blocking=True),
         label_positions=label_positions(batch).to(device, non_blocking=True),
     )
@@ -130,8 +132,7 @@ def training_forward_step(
 
     def step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        needs_pixels = get_attr_wrapped_model(chunk, "pre_process")
-        inputs = make_inputs(batch, model, topology, needs_pixels=needs_pixels, drop_path=drop_path)
+        inputs = _inputs(batch, model, topology, chunk, drop_path)
         return chunk(inputs), partial(_loss, batch)
 
     return step
@@ -149,11 +150,28 @@ def evaluation_forward_step(model: ModelConfig, topology: Topology) -> ForwardSt
 
     def step(iterator: Iterator[Batch], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        needs_pixels = get_attr_wrapped_model(chunk, "pre_process")
-        inputs = make_inputs(batch, model, topology, needs_pixels=needs_pixels)
+        inputs = _inputs(batch, model, topology, chunk, None)
         return chunk(inputs), partial(_judge, batch, topology.groups.tp)
 
     return step
+
+
+def _inputs(
+    batch: Batch,
+    model: ModelConfig,
+    topology: Topology,
+    chunk: torch.nn.Module,
+    drop_path: DropPath | None,
+) -> ModelInputs:
+    config = get_model_config(chunk)
+    return make_inputs(
+        batch,
+        model,
+        topology,
+        needs_pixels=get_attr_wrapped_model(chunk, "pre_process"),
+        drop_path=drop_path,
+        pad_images_to=topology.tp_size if config.sequence_parallel else 1,
+    )
 
 
 def _loss(batch: Batch, logits: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -240,7 +240,14 @@ def build_chunk(
         config.parallel.pipeline_layout,
         images_per_token(dataset),
     )
-    chunk = build_model(start.model, plan, topology, backend, config.train)
+    chunk = build_model(
+        start.model,
+        plan,
+        topology,
+        backend,
+        config.train,
+        sequence_parallel=config.parallel.uses_sequence_parallel,
+    )
     if start.checkpoint is None:
         initialize_weights(chunk, topology.groups, config.train.seed)
     else:

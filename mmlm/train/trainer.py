@@ -90,6 +90,7 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
         seed=config.train.seed,
         with_pixels=run.decodes,
         num_workers=config.data.num_workers,
+        pad_to_multiple_of=config.parallel.token_multiple,
         pin_memory=topology.device.type == "cuda",
     ) as loader:
         for iteration in range(run.start.iteration, run.train_iters):

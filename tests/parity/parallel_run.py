@@ -48,6 +48,7 @@ class Layout:
     seq_length: int = 64
     """Small rows hold one sample each: then nothing is packed."""
     micro_batch_size: int = 1
+    sp: bool = False
     packed: bool = True
     """False: every row is one sample, as the reference computes it."""
 
@@ -56,7 +57,7 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}"
+        name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}" + "-SP" * self.sp
         if self.pipeline_layout != "auto":
             name += f"-{self.pipeline_layout}"
         rows = f"s{self.seq_length}x{self.micro_batch_size}" if self.packed else "unpacked"
@@ -134,6 +135,7 @@ def rank_batches(
     iteration: int,
     layout: Layout,
     topology: Topology,
+    parallel: ParallelConfig,
     train: TrainConfig,
     with_pixels: bool,
 ) -> list[Batch]:
@@ -159,6 +161,7 @@ def rank_batches(
             plan.token_weights,
             image_size=56,
             with_pixels=with_pixels,
+            pad_to_multiple_of=parallel.token_multiple,
         )
         for rows in plan.microbatches[topology.dp_rank]
     ]
@@ -192,16 +195,27 @@ def train_parallel(
     num_iterations: int,
 ) -> ParallelRun | None:
     """Train; called by every rank of a world of ``layout.world_size``."""
-    topology = initialize(
-        ParallelConfig(tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp)
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        sequence_parallel=layout.sp,
     )
+    topology = initialize(parallel)
     config = ModelConfig(
         vision=vision_from_hf(hf_config["vision_config"], "tiny"),
         language=language_from_hf(hf_config["llm_config"], "tiny"),
         ps_version=hf_config.get("ps_version", "v1"),
     )
     plan = make_stage_plan(config, layout.pp, layout.pipeline_layout)
-    chunk = build_model(config, plan, topology, resolve_backend(BackendConfig()), train)
+    backend = resolve_backend(BackendConfig(), train.dtype)
+    chunk = build_model(
+        config,
+        plan,
+        topology,
+        backend,
+        train,
+        sequence_parallel=parallel.uses_sequence_parallel,
+    )
     source = megatron_weights(config, weights)
     fill_weights(chunk, topology.groups, lambda name, shape: source[name])
     dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
@@ -215,7 +229,7 @@ def train_parallel(
         )
         step = training_forward_step(config, topology, drop_path)
         first = plan.chunks[topology.pp_rank].has_vision_embedding and topology.tp_rank == 0
-        return step, rank_batches(samples, iteration, layout, topology, train, first)
+        return step, rank_batches(samples, iteration, layout, topology, parallel, train, first)
 
     step, batches = inputs(0)
     first_loss = forward_backward(model, step, batches, topology)

@@ -44,6 +44,9 @@ LAYOUTS = [
     Layout(pp=2),
     Layout(tp=2, pp=2),
     Layout(tp=2, pp=2, dp=2),
+    Layout(tp=2, sp=True),
+    Layout(tp=2, pp=2, sp=True, pipeline_layout="vv|vpEtttL"),
+    Layout(tp=2, pp=2, dp=2, sp=True, packed=False),
     Layout(dp=2, micro_batch_size=2),
     Layout(pp=2, pipeline_layout="vv|vpEtttL"),  # inside the tower
     Layout(pp=2, pipeline_layout="vvv|pEtttL"),  # before the projection
@@ -185,7 +188,7 @@ def test_loss_weights_equal_their_definitions(weight: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2)], ids=str)
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2), Layout(tp=2, sp=True)], ids=str)
 def test_drop_path_is_the_same_in_every_layout(layout: Layout) -> None:
     truth = reference_run(drop_path=0.6)
     assert truth.losses[1] != reference_run().losses[1], "something must have been dropped"
@@ -198,6 +201,7 @@ def test_drop_path_is_the_same_in_every_layout(layout: Layout) -> None:
     [
         ((0,), Layout(pp=2, pipeline_layout="vv|vpEtttL")),
         ((0,), Layout(tp=2, pp=2)),
+        ((0,), Layout(tp=2, pp=2, sp=True)),
         ((0,), Layout(pp=3, pipeline_layout="vv|vp|EtttL")),
         # one picture in ten samples: most microbatches, and one DP rank, have none
         ((1, *[0] * 9), Layout(pp=2, dp=2, packed=False, pipeline_layout="vv|vpEtttL")),
