@@ -194,6 +194,7 @@ class DataConfig:
 
 
 LossWeight = Literal["token", "sample", "square"]
+Recompute = Literal["none", "selective", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,10 @@ class TrainConfig:
     """Leave the projection as it is."""
     freeze_language_model: bool = False
     """Leave the decoder, its embedding and its head as they are."""
+    recompute_vision_model: Recompute = "none"
+    """Activations of the tower computed again in the backward pass: none, attention only, all."""
+    recompute_language_model: Recompute = "none"
+    """The same for the decoder. It saves memory and costs time."""
     eval_interval: int = 0
     """Iterations between held-out evaluations; 0 means never."""
 
@@ -244,6 +249,12 @@ class TrainConfig:
                 f"loss_weight '{self.loss_weight}' must be token, sample or square": (
                     self.loss_weight in ("token", "sample", "square")
                 ),
+                **{
+                    f"{name} '{getattr(self, name)}' must be none, selective or full": (
+                        getattr(self, name) in ("none", "selective", "full")
+                    )
+                    for name in ("recompute_vision_model", "recompute_language_model")
+                },
                 f"vision_drop_path_rate {self.vision_drop_path_rate} must be in [0, 1)": (
                     0.0 <= self.vision_drop_path_rate < 1.0
                 ),

@@ -41,7 +41,7 @@ def build_model(
         plan: where the layers are cut.
         topology: this rank's place.
         backend: which implementations.
-        train: precision and what is frozen.
+        train: precision, recompute and what is frozen.
         sequence_parallel: whether the TP ranks share the tokens.
 
     Returns:
@@ -58,6 +58,8 @@ def build_model(
         pp_size=topology.pp_size,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
         sequence_parallel=sequence_parallel,
+        recompute_vision=train.recompute_vision_model,
+        recompute_language=train.recompute_language_model,
     )
     chunk = InternVLModel(
         configs,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.schema import ModelConfig, Recompute
 from mmlm.layers.head_partition import HeadPartition
 from mmlm.parallel.cpu_backend import use_cpu
 from mmlm.parallel.stage_plan import StagePlan
@@ -38,6 +38,8 @@ def make_transformer_configs(
     pp_size: int,
     dtype: torch.dtype,
     sequence_parallel: bool = False,
+    recompute_vision: Recompute = "none",
+    recompute_language: Recompute = "none",
 ) -> TransformerConfigs:
     """Build the configs for a layout.
 
@@ -48,6 +50,8 @@ def make_transformer_configs(
         pp_size: pipeline stages.
         dtype: of weights, activations and tensors between stages (float32 or bfloat16).
         sequence_parallel: whether the TP ranks share the tokens; needs ``tp_size`` > 1.
+        recompute_vision: activations of the tower that are computed again in the backward pass.
+        recompute_language: the same for the decoder.
 
     Returns:
         The two configs, with every fusion off that needs a package we do not require.
@@ -69,6 +73,7 @@ def make_transformer_configs(
             activation_func=F.gelu,
             add_bias_linear=True,
             pipeline_model_parallel_layout=plan.vision_layout if pp_size > 1 else None,
+            **_recompute_settings(recompute_vision),
             **shared,
         ),
         language=TransformerConfig(
@@ -83,9 +88,22 @@ def make_transformer_configs(
             gated_linear_unit=True,
             add_bias_linear=False,
             pipeline_model_parallel_layout=plan.language_layout if pp_size > 1 else None,
+            **_recompute_settings(recompute_language),
             **shared,
         ),
     )
+
+
+def _recompute_settings(recompute: Recompute) -> dict[str, Any]:
+    if recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
 
 
 def _shared_settings(

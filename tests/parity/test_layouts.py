@@ -238,6 +238,18 @@ def test_pixel_shuffle_v2() -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.parametrize("layout", [Layout(), Layout(tp=2, pp=2, sp=True)], ids=str)
+def test_recompute_changes_nothing(layout: Layout, recompute: str) -> None:
+    config = train_config(
+        recompute_vision_model=recompute,
+        recompute_language_model=recompute,
+        vision_drop_path_rate=0.6,
+    )
+    check_steps(run(layout, config), reference_run(drop_path=0.6))
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("frozen", ["vision_model", "vision_projection", "language_model"])
 def test_frozen_part_stays_and_the_rest_trains(frozen: str) -> None:
     # the cut leaves whole stages without a trainable parameter
