@@ -140,6 +140,8 @@ class ParallelConfig:
     """Ranks that share each layer (TP)."""
     pipeline_model_parallel_size: int = 1
     """Ranks that share the list of layers (PP)."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of the model on each pipeline rank (VPP): an interleaved schedule, fewer bubbles."""
     sequence_parallel: bool = False
     """Share tokens between the TP ranks outside of attention and MLP (SP); no effect at TP 1."""
     pipeline_layout: str = "auto"
@@ -151,8 +153,30 @@ class ParallelConfig:
             {
                 f"{name} {getattr(self, name)} must be at least 1": getattr(self, name) >= 1
                 for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+            }
+            | {
+                f"virtual_pipeline_model_parallel_size {self.virtual_pipeline_model_parallel_size} "
+                "must be at least 2 and needs pipeline_model_parallel_size of at least 2": (
+                    self.virtual_pipeline_model_parallel_size is None
+                    or min(
+                        self.virtual_pipeline_model_parallel_size,
+                        self.pipeline_model_parallel_size,
+                    )
+                    >= 2
+                ),
             },
         )
+
+    @property
+    def num_stages(self) -> int:
+        """Rows of the pipeline layout: pipeline ranks times chunks of each."""
+        return self.pipeline_model_parallel_size * (self.virtual_pipeline_model_parallel_size or 1)
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the number of microbatches must be a multiple of: PP with virtual stages."""
+        interleaved = self.virtual_pipeline_model_parallel_size is not None
+        return self.pipeline_model_parallel_size if interleaved else 1
 
     @property
     def uses_sequence_parallel(self) -> bool:

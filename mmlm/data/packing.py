@@ -130,6 +130,7 @@ def pack(
     seq_length: int,
     micro_batch_size: int,
     data_parallel_size: int,
+    microbatch_multiple: int = 1,
 ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]:
     """Pack the samples of one global batch.
 
@@ -139,13 +140,14 @@ def pack(
         seq_length: tokens of a row.
         micro_batch_size: rows of a microbatch.
         data_parallel_size: ranks that share the batch.
+        microbatch_multiple: the microbatches of a rank are a multiple of this.
 
     Returns:
         ``[data-parallel rank][microbatch][row]`` = numbers of its samples, ascending. Every rank
         has the same number of microbatches; a row is empty only where samples are fewer than rows.
     """
     rows = best_fit_decreasing(lengths, seq_length)
-    multiple = micro_batch_size * data_parallel_size
+    multiple = micro_batch_size * data_parallel_size * microbatch_multiple
     num_rows = max(1, -(-len(rows) // multiple)) * multiple
     rows = level_rows(lengths, costs, num_rows, seq_length) or _spread(rows, num_rows)
     row_costs = [sum(costs[item] for item in row) for row in rows]

@@ -40,6 +40,8 @@ class TrainPlanner:
     """Ranks that share the batch."""
     loss_weight: LossWeight = "token"
     """How the tokens of the global batch are weighed."""
+    microbatch_multiple: int = 1
+    """The microbatches of a rank are a multiple of this."""
     cost: PackingCost = field(default_factory=PackingCost)
     """What levelling evens out."""
 
@@ -59,6 +61,7 @@ class TrainPlanner:
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.data_parallel_size,
             loss_weight=self.loss_weight,
+            microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
         )
 
@@ -81,6 +84,8 @@ class EvaluationPlanner:
     """Rows of a microbatch."""
     data_parallel_size: int
     """Ranks that share the batch."""
+    microbatch_multiple: int = 1
+    """The microbatches of a rank are a multiple of this."""
     cost: PackingCost = field(default_factory=PackingCost)
     """What levelling evens out."""
 
@@ -104,5 +109,6 @@ class EvaluationPlanner:
             seq_length=self.seq_length,
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.data_parallel_size,
+            microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
         )

@@ -141,6 +141,7 @@ def step_plan(
     micro_batch_size: int,
     data_parallel_size: int,
     loss_weight: LossWeight = "token",
+    microbatch_multiple: int = 1,
     cost: PackingCost | None = None,
 ) -> StepPlan:
     """Plan one training iteration.
@@ -154,6 +155,7 @@ def step_plan(
         micro_batch_size: rows of a microbatch.
         data_parallel_size: ranks that share the batch.
         loss_weight: how the tokens of the global batch are weighed.
+        microbatch_multiple: the microbatches of a rank are a multiple of this.
         cost: what levelling evens out.
 
     Returns:
@@ -173,6 +175,7 @@ def step_plan(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         data_parallel_size=data_parallel_size,
+        microbatch_multiple=microbatch_multiple,
         cost=cost or PackingCost(),
     )
 
@@ -188,6 +191,7 @@ def assemble(
     micro_batch_size: int,
     data_parallel_size: int,
     cost: PackingCost,
+    microbatch_multiple: int = 1,
 ) -> StepPlan:
     """Pack given samples into a plan.
 
@@ -210,6 +214,7 @@ def assemble(
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,
         data_parallel_size=data_parallel_size,
+        microbatch_multiple=microbatch_multiple,
     )
     ids = sample_ids.tolist()
     return StepPlan(

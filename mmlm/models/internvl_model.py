@@ -51,10 +51,10 @@ class InternVLModel(MegatronModule):
         chunk: what this stage holds.
         backend: which implementations.
         pg_collection: groups.
+        vp_stage: which chunk of its pipeline rank, None without virtual stages.
     """
 
     model_type = ModelType.encoder_or_decoder
-    vp_stage: int | None = None
     share_embeddings_and_output_weights = False
 
     def __init__(
@@ -64,9 +64,11 @@ class InternVLModel(MegatronModule):
         chunk: StageChunk,
         backend: Backend,
         pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
     ) -> None:
         # the schedule reads its settings from this config
         super().__init__(config=configs.language)
+        self.vp_stage = vp_stage
         self.input_tensor: Tensor | None = None
         self.pre_process = chunk.has_vision_embedding
         self.post_process = chunk.has_output
@@ -78,12 +80,13 @@ class InternVLModel(MegatronModule):
                 chunk,
                 backend,
                 pg_collection=pg_collection,
+                vp_stage=vp_stage,
             )
         if chunk.has_projection:
             self.vision_projection = VisionProjection(configs.language, model, pg_collection)
         if chunk.has_embedding or chunk.decoder_layers or chunk.has_output:
             self.language_model = LanguageModel(
-                configs.language, model.language, chunk, backend, pg_collection
+                configs.language, model.language, chunk, backend, pg_collection, vp_stage
             )
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:

@@ -41,6 +41,7 @@ class LanguageModel(MegatronModule):
         chunk: which layers.
         backend: which implementations.
         pg_collection: groups.
+        vp_stage: which chunk of its pipeline rank, None without virtual stages.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class LanguageModel(MegatronModule):
         chunk: StageChunk,
         backend: Backend,
         pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.language = language
@@ -84,6 +86,7 @@ class LanguageModel(MegatronModule):
                 ),
                 post_process=chunk.has_output,
                 pg_collection=pg_collection,
+                vp_stage=vp_stage,
             )
         if chunk.has_output:
             self.output_layer = ColumnParallelLinear(

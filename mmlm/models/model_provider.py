@@ -1,7 +1,7 @@
 """Build the stage's model for a run, give it weights, describe it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
 )
 
-from mmlm.config.schema import ModelConfig, TrainConfig
+from mmlm.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.transformer_config import make_transformer_configs
@@ -31,10 +31,9 @@ def build_model(
     topology: Topology,
     backend: Backend,
     train: TrainConfig,
-    *,
-    sequence_parallel: bool = False,
-) -> InternVLModel:
-    """Build this rank's chunk with all parameters zero and frozen parts marked.
+    parallel: ParallelConfig | None = None,
+) -> list[InternVLModel]:
+    """Build this rank's chunks with all parameters zero and frozen parts marked.
 
     Args:
         model: sizes.
@@ -42,41 +41,42 @@ def build_model(
         topology: this rank's place.
         backend: which implementations.
         train: precision, recompute and what is frozen.
-        sequence_parallel: whether the TP ranks share the tokens.
+        parallel: virtual stages and sequence parallelism; neither when None.
 
     Returns:
-        The chunk on the topology's device; `initialize_weights` or a checkpoint fills it.
+        The chunks on the topology's device, one without virtual stages; `initialize_weights` or a
+        checkpoint fills them.
 
     Raises:
         ConfigError: if TP does not divide the decoder's heads or groups or a width.
     """
     _check_divides(model, topology.tp_size)
+    vpp_size = parallel.virtual_pipeline_model_parallel_size if parallel is not None else None
     configs = make_transformer_configs(
         model,
         plan,
         tp_size=topology.tp_size,
         pp_size=topology.pp_size,
+        vpp_size=vpp_size,
         dtype=torch.bfloat16 if train.dtype == "bf16" else torch.float32,
-        sequence_parallel=sequence_parallel,
+        sequence_parallel=parallel is not None and parallel.uses_sequence_parallel,
         recompute_vision=train.recompute_vision_model,
         recompute_language=train.recompute_language_model,
     )
-    chunk = InternVLModel(
-        configs,
-        model,
-        plan.chunks[topology.pp_rank],
-        backend,
-        topology.groups,
-    ).to(topology.device)
-    with torch.no_grad():
-        for parameter in chunk.parameters():
-            parameter.zero_()
-    _mark_sharded_weights(chunk)
-    for part in PARTS:
-        module = getattr(chunk, part)
-        if module is not None and getattr(train, f"freeze_{part}"):
-            module.requires_grad_(False)
-    return chunk
+    chunks = []
+    for index, layers in enumerate(plan.chunks[topology.pp_rank :: topology.pp_size]):
+        vp_stage = None if vpp_size is None else index
+        chunk = InternVLModel(configs, model, layers, backend, topology.groups, vp_stage)
+        with torch.no_grad():
+            for parameter in chunk.parameters():
+                parameter.zero_()
+        _mark_sharded_weights(chunk)
+        for part in PARTS:
+            module = getattr(chunk, part)
+            if module is not None and getattr(train, f"freeze_{part}"):
+                module.requires_grad_(False)
+        chunks.append(chunk.to(topology.device))
+    return chunks
 
 
 def _mark_sharded_weights(chunk: InternVLModel) -> None:
@@ -109,39 +109,67 @@ def _check_divides(model: ModelConfig, tp_size: int) -> None:
 
 
 def model_state(
-    chunk: InternVLModel, groups: ProcessGroupCollection, prefix: str = "model."
+    chunks: Sequence[InternVLModel], groups: ProcessGroupCollection, prefix: str = "model."
 ) -> ShardedStateDict:
-    """Describe every parameter of the chunk under its global name and true shape.
+    """Describe every parameter of this rank under its global name and true shape.
 
     Args:
-        chunk: this rank's model, not wrapped.
+        chunks: this rank's model, not wrapped.
         groups: its process groups.
         prefix: put before every name.
 
     Returns:
-        Local name -> ``ShardedTensor`` or factory whose data is the parameter itself.
+        Global name -> ``ShardedTensor`` or factory whose data is the parameter itself.
     """
+    return {
+        entry.key: entry
+        for chunk in chunks
+        for entry in _local_state(chunk, groups, prefix).values()
+    }
+
+
+def _local_state(
+    chunk: InternVLModel, groups: ProcessGroupCollection, prefix: str
+) -> ShardedStateDict:
+    """The same for one chunk, keyed by the names that its ``load_state_dict`` wants."""
     state = chunk.sharded_state_dict(prefix=prefix, metadata=sharding_metadata(groups))
     # transformer-engine adds (empty) fp8 state, which other backends do not have
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    return {
+        name.removeprefix(prefix): entry
+        for name, entry in state.items()
+        if not name.endswith("_extra_state")
+    }
 
 
-def load_weights(chunk: InternVLModel, tensors: dict[str, torch.Tensor]) -> None:
-    """Put what was loaded for `model_state` into the chunk.
+def load_weights(
+    chunks: Sequence[InternVLModel],
+    groups: ProcessGroupCollection,
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    """Put what was loaded for `model_state` into the chunks.
 
     Args:
-        chunk: this rank's model.
-        tensors: local name with the prefix ``model.`` -> tensor.
+        chunks: this rank's model.
+        groups: its process groups.
+        tensors: global name with the prefix ``model.`` -> tensor.
 
     Raises:
         CheckpointError: if a parameter is left without a value, or one too many was read.
     """
-    local = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
-    # strict loading would ask for transformer-engine's fp8 state, which is never written
-    missing, unexpected = chunk.load_state_dict(local, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state")]
-    if missing or unexpected:
-        raise CheckpointError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
+    left = dict(tensors)
+    for chunk in chunks:
+        local = {
+            name: left.pop(entry.key)
+            for name, entry in _local_state(chunk, groups, "model.").items()
+            if entry.key in left
+        }
+        # strict loading would ask for transformer-engine's fp8 state, which is never written
+        missing, _ = chunk.load_state_dict(local, strict=False)
+        missing = [name for name in missing if not name.endswith("_extra_state")]
+        if missing:
+            raise CheckpointError(f"weights do not fit the model: missing {missing}")
+    if left:
+        raise CheckpointError(f"weights do not fit the model: nobody asked for {sorted(left)}")
 
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict:
@@ -157,18 +185,18 @@ def sharding_metadata(groups: ProcessGroupCollection) -> dict:
 
 @torch.no_grad()
 def fill_weights(
-    chunk: InternVLModel,
+    chunks: Sequence[InternVLModel],
     groups: ProcessGroupCollection,
     tensor: Callable[[str, tuple[int, ...]], torch.Tensor],
 ) -> None:
     """Copy into every parameter its block of a global tensor.
 
     Args:
-        chunk: this rank's model.
+        chunks: this rank's model.
         groups: its process groups.
         tensor: from a global name and the true global shape to the whole tensor (any device).
     """
-    state = model_state(chunk, groups, prefix="")
+    state = model_state(chunks, groups, prefix="")
     apply_factories(state)
     for shard in nested_values(state):
         if isinstance(shard, ShardedTensor):
@@ -177,15 +205,15 @@ def fill_weights(
 
 
 def initialize_weights(
-    chunk: InternVLModel, groups: ProcessGroupCollection, seed: int, std: float = 0.02
+    chunks: Sequence[InternVLModel], groups: ProcessGroupCollection, seed: int, std: float = 0.02
 ) -> None:
-    """Give the chunk fresh weights that depend on names and seed only, so not on the layout.
+    """Give the model fresh weights that depend on names and seed only, so not on the layout.
 
     Matrices and embeddings are N(0, std), norms 1, biases 0, LayerScale 0.1 (the initial value of
     the published tower).
 
     Args:
-        chunk: this rank's model.
+        chunks: this rank's model.
         groups: its process groups.
         seed: of the run.
         std: standard deviation of matrices.
@@ -203,4 +231,4 @@ def initialize_weights(
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         return torch.randn(shape, generator=generator) * std
 
-    fill_weights(chunk, groups, fresh)
+    fill_weights(chunks, groups, fresh)

@@ -37,6 +37,7 @@ def make_transformer_configs(
     tp_size: int,
     pp_size: int,
     dtype: torch.dtype,
+    vpp_size: int | None = None,
     sequence_parallel: bool = False,
     recompute_vision: Recompute = "none",
     recompute_language: Recompute = "none",
@@ -49,6 +50,7 @@ def make_transformer_configs(
         tp_size: tensor-parallel ranks.
         pp_size: pipeline stages.
         dtype: of weights, activations and tensors between stages (float32 or bfloat16).
+        vpp_size: chunks of each pipeline rank, None without virtual stages.
         sequence_parallel: whether the TP ranks share the tokens; needs ``tp_size`` > 1.
         recompute_vision: activations of the tower that are computed again in the backward pass.
         recompute_language: the same for the decoder.
@@ -59,7 +61,11 @@ def make_transformer_configs(
     vision, language = model.vision, model.language
     slots = HeadPartition(num_heads=vision.num_attention_heads, tp_size=tp_size).num_slots
     shared = _shared_settings(
-        tp_size=tp_size, pp_size=pp_size, dtype=dtype, sequence_parallel=sequence_parallel
+        tp_size=tp_size,
+        pp_size=pp_size,
+        vpp_size=vpp_size,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
     )
     return TransformerConfigs(
         vision=TransformerConfig(
@@ -107,11 +113,21 @@ def _recompute_settings(recompute: Recompute) -> dict[str, Any]:
 
 
 def _shared_settings(
-    *, tp_size: int, pp_size: int, dtype: torch.dtype, sequence_parallel: bool
+    *,
+    tp_size: int,
+    pp_size: int,
+    vpp_size: int | None,
+    dtype: torch.dtype,
+    sequence_parallel: bool,
 ) -> dict[str, Any]:
     return {
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": pp_size,
+        "virtual_pipeline_model_parallel_size": vpp_size,
+        # with both neighbours on one rank (PP 2), batched exchanges of the interleaved schedule mix
+        # activations with gradients, silently where shapes agree
+        "overlap_p2p_comm": vpp_size is not None,
+        "batch_p2p_comm": vpp_size is None,
         "sequence_parallel": sequence_parallel,
         "params_dtype": dtype,
         "bf16": dtype == torch.bfloat16,

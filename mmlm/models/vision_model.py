@@ -33,6 +33,7 @@ class InternVisionModel(MegatronModule):
         chunk: which layers.
         backend: which implementations.
         pg_collection: groups.
+        vp_stage: which chunk of its pipeline rank, None without virtual stages.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class InternVisionModel(MegatronModule):
         backend: Backend,
         *,
         pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.vision = vision
@@ -70,6 +72,7 @@ class InternVisionModel(MegatronModule):
             block_spec(layer, len(chunk.vision_layers), backend),
             post_layer_norm=False,
             pg_collection=pg_collection,
+            vp_stage=vp_stage,
         )
 
     def forward(

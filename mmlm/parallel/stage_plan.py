@@ -51,7 +51,10 @@ class StageChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class StagePlan:
-    """The cut: one chunk a pipeline stage, and the same cut in megatron-core's notation."""
+    """The cut: one chunk a row, and the same cut in megatron-core's notation.
+
+    With virtual pipeline stages row k is chunk ``k // PP`` of pipeline rank ``k % PP``.
+    """
 
     layout: str
     """The expanded layout string."""

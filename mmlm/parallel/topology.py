@@ -105,6 +105,7 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         create_gloo_process_groups=not on_cpu,
     )
     # nothing is drawn from these states (there is no dropout), but sequence parallelism enters them

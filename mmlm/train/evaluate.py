@@ -1,6 +1,7 @@
 """Loss and exact match of the assistant's answers on a held-out split."""
 
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mmlm.data.dataset import Dataset
 from mmlm.data.loader import BatchLoader
 from mmlm.data.packing import packing_cost
 from mmlm.data.planners import EvaluationPlanner
+from mmlm.models.internvl_model import InternVLModel
 from mmlm.parallel.topology import Topology
 from mmlm.train.forward_step import SampleScore, evaluation_forward_step
 from mmlm.train.train_step import run_schedule
@@ -20,7 +22,7 @@ from mmlm.train.train_step import run_schedule
 
 @torch.no_grad()
 def evaluate(
-    model: DistributedDataParallel | torch.nn.Module,
+    model: Sequence[DistributedDataParallel | InternVLModel],
     config: RunConfig,
     sizes: ModelConfig,
     dataset: Dataset,
@@ -31,7 +33,7 @@ def evaluate(
     """Judge every sample of a split once, without drop path; collective.
 
     Args:
-        model: this rank's chunk, wrapped or not; its training mode is restored.
+        model: this rank's chunks, wrapped or not; they are left in training mode.
         config: of the run; batch sizes and lengths are used.
         sizes: of the model.
         dataset: the split.
@@ -49,10 +51,11 @@ def evaluate(
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=topology.dp_size,
+        microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(sizes),
     )
-    was_training = model.training
-    model.eval()
+    for chunk in model:
+        chunk.eval()
     step = evaluation_forward_step(sizes, topology)
     scores: list[SampleScore] = []
     with BatchLoader(
@@ -69,7 +72,8 @@ def evaluate(
             _, batches = loader.batches(iteration)
             for report in run_schedule(model, step, batches, forward_only=True):
                 scores += report["samples"]
-    model.train(was_training)
+    for chunk in model:
+        chunk.train()
     return _report(dataset, scores if topology.tp_rank == 0 else [])
 
 

@@ -12,7 +12,7 @@ from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
 from mmlm.train.evaluate import evaluate
-from mmlm.train.setup import Start, build_chunk, check_data, load_tokenizer, open_data
+from mmlm.train.setup import Start, build_chunks, check_data, load_tokenizer, open_data
 
 
 def evaluate_checkpoint(
@@ -36,9 +36,9 @@ def evaluate_checkpoint(
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     check_data(config, start, tokenizer)
     dataset = open_data(config, meta, start.model, tokenizer, topology)
-    _, chunk = build_chunk(config, start, topology, backend, dataset)
-    decodes = chunk.pre_process and topology.tp_rank == 0
-    return evaluate(chunk, config, start.model, dataset, topology, with_pixels=decodes)
+    _, chunks = build_chunks(config, start, topology, backend, dataset)
+    decodes = chunks[0].pre_process and topology.tp_rank == 0
+    return evaluate(chunks, config, start.model, dataset, topology, with_pixels=decodes)
 
 
 def settings_of(checkpoint: Path) -> RunConfig:

@@ -1,5 +1,6 @@
 """The gradients of an iteration as whole tensors under global names, whatever the layout."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,20 +15,23 @@ from mmlm.models.model_provider import model_state
 from mmlm.parallel.topology import Topology
 
 
-def gather_gradients(model: DistributedDataParallel, topology: Topology) -> dict[str, Tensor]:
+def gather_gradients(
+    model: Sequence[DistributedDataParallel], topology: Topology
+) -> dict[str, Tensor]:
     """Assemble every trainable parameter's gradient on rank 0; collective.
 
     Call after the schedule has finalized the gradients and before the optimizer step.
 
     Args:
-        model: the wrapped chunk.
+        model: the wrapped chunks.
         topology: this rank's place.
 
     Returns:
         On rank 0 global name -> fp32 tensor in its true shape; empty on the others.
     """
-    _gather_shards(model)
-    state = model_state(model.module, topology.groups, prefix="")
+    for chunk in model:
+        _gather_shards(chunk)
+    state = model_state([chunk.module for chunk in model], topology.groups, prefix="")
     described = {
         name: replace(entry, data=entry.data.main_grad)
         if not isinstance(entry, ShardedTensor)
@@ -66,9 +70,9 @@ def gather_tensors(shards: list[ShardedTensor]) -> dict[str, Tensor]:
     return whole
 
 
-def _gather_shards(model: DistributedDataParallel) -> None:
+def _gather_shards(chunk: DistributedDataParallel) -> None:
     """Undo the reduce-scatter: every DP rank gets the whole summed gradient buffer."""
-    for buffer in model.buffers:
+    for buffer in chunk.buffers:
         group = buffer.data_parallel_group
         for bucket in buffer.buckets:
             shard = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()

@@ -1,6 +1,7 @@
 """DDP, AdamW over its shards, and the schedule of the learning rate: all megatron-core's."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from megatron.core.distributed import (
@@ -19,22 +20,26 @@ from mmlm.models.internvl_model import InternVLModel
 from mmlm.parallel.topology import Topology
 
 
-def wrap_ddp(chunk: InternVLModel, topology: Topology) -> DistributedDataParallel:
-    """Give the chunk fp32 gradient buffers that are summed (never averaged) over the DP ranks.
+def wrap_ddp(chunks: Sequence[InternVLModel], topology: Topology) -> list[DistributedDataParallel]:
+    """Give each chunk fp32 gradient buffers that are summed (never averaged) over the DP ranks.
 
     Every token carries its final weight, so gradients are plain sums over microbatches and ranks:
     megatron-core is told not to divide by a token count.
     """
-    config = chunk.config
-    config.finalize_model_grads_func = _sum_gradients
-    return DistributedDataParallel(
-        config=config,
-        ddp_config=DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True, use_distributed_optimizer=True
-        ),
-        module=chunk,
-        pg_collection=topology.groups,
-    )
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = _sum_gradients
+    return [
+        DistributedDataParallel(
+            config=chunk.config,
+            ddp_config=DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True, use_distributed_optimizer=True
+            ),
+            module=chunk,
+            disable_bucketing=index > 0,
+            pg_collection=topology.groups,
+        )
+        for index, chunk in enumerate(chunks)
+    ]
 
 
 def _sum_gradients(
@@ -44,12 +49,12 @@ def _sum_gradients(
 
 
 def make_optimizer(
-    model: DistributedDataParallel, optimizer: OptimizerConfig, dtype: torch.dtype
+    model: Sequence[DistributedDataParallel], optimizer: OptimizerConfig, dtype: torch.dtype
 ) -> MegatronOptimizer:
     """Build megatron-core's distributed optimizer; collective.
 
     Args:
-        model: the wrapped chunk.
+        model: the wrapped chunks.
         optimizer: settings.
         dtype: of the weights; main weights and Adam moments are fp32.
 
@@ -79,7 +84,7 @@ def make_optimizer(
     )
     return get_megatron_optimizer(
         config,
-        [model],
+        list(model),
         config_overrides={no_decay: {"wd_mult": 0.0}},
         use_gloo_process_groups=False,
     )

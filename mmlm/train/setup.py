@@ -65,10 +65,16 @@ class Start:
 class TrainingState:
     """What a step changes, and what it needs."""
 
-    model: DistributedDataParallel
+    model: list[DistributedDataParallel]
+    """This rank's chunks, one without virtual stages."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     plan: StagePlan
+
+    @property
+    def chunks(self) -> list[InternVLModel]:
+        """The chunks without their wrappers."""
+        return [chunk.module for chunk in self.model]
 
 
 def checkpoint_root(config: RunConfig) -> Path:
@@ -225,10 +231,10 @@ def images_per_token(dataset: Dataset) -> float:
     return float(table.num_images[table.usable].sum()) / tokens
 
 
-def build_chunk(
+def build_chunks(
     config: RunConfig, start: Start, topology: Topology, backend: Backend, dataset: Dataset
-) -> tuple[StagePlan, InternVLModel]:
-    """Build this rank's chunk with the weights that the run starts from; collective.
+) -> tuple[StagePlan, list[InternVLModel]]:
+    """Build this rank's chunks with the weights that the run starts from; collective.
 
     Raises:
         ConfigError: if the layout does not fit the model.
@@ -236,24 +242,17 @@ def build_chunk(
     """
     plan = make_stage_plan(
         start.model,
-        topology.pp_size,
+        config.parallel.num_stages,
         config.parallel.pipeline_layout,
         images_per_token(dataset),
     )
-    chunk = build_model(
-        start.model,
-        plan,
-        topology,
-        backend,
-        config.train,
-        sequence_parallel=config.parallel.uses_sequence_parallel,
-    )
+    chunks = build_model(start.model, plan, topology, backend, config.train, config.parallel)
     if start.checkpoint is None:
-        initialize_weights(chunk, topology.groups, config.train.seed)
+        initialize_weights(chunks, topology.groups, config.train.seed)
     else:
-        loaded = load_sharded({"model": model_state(chunk, topology.groups)}, start.checkpoint)
-        load_weights(chunk, loaded["model"])
-    return plan, chunk
+        loaded = load_sharded({"model": model_state(chunks, topology.groups)}, start.checkpoint)
+        load_weights(chunks, topology.groups, loaded["model"])
+    return plan, chunks
 
 
 def build_training(
@@ -265,12 +264,12 @@ def build_training(
     train_iters: int,
 ) -> TrainingState:
     """Build model, optimizer and schedule, and resume them where the run does; collective."""
-    plan, chunk = build_chunk(config, start, topology, backend, dataset)
+    plan, chunks = build_chunks(config, start, topology, backend, dataset)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    model = wrap_ddp(chunk, topology)
+    model = wrap_ddp(chunks, topology)
     optimizer = make_optimizer(model, config.optimizer, dtype)
     if start.resumes and start.checkpoint is not None:
-        state = training_state_dict(chunk, optimizer, topology, is_loading=True)
+        state = training_state_dict(chunks, optimizer, topology, is_loading=True)
         loaded = load_sharded({"optimizer": state["optimizer"]}, start.checkpoint)
         load_optimizer_state(optimizer, loaded.get("optimizer", {}), start.iteration)
     scheduler = make_scheduler(optimizer, config.optimizer, train_iters, start.iteration)
@@ -278,10 +277,14 @@ def build_training(
 
 
 def training_state_dict(
-    chunk: InternVLModel, optimizer: MegatronOptimizer, topology: Topology, *, is_loading: bool
+    chunks: list[InternVLModel],
+    optimizer: MegatronOptimizer,
+    topology: Topology,
+    *,
+    is_loading: bool,
 ) -> dict[str, dict]:
     """Describe model and optimizer for a checkpoint; collective."""
-    model = model_state(chunk, topology.groups)
+    model = model_state(chunks, topology.groups)
     return {
         "model": model,
         "optimizer": optimizer_sharded_state(

@@ -1,6 +1,7 @@
 """What is printed before the first iteration: layout, parameters, backends, data, first steps."""
 
 import importlib.metadata
+from collections.abc import Sequence
 from math import prod
 
 import torch
@@ -21,20 +22,24 @@ from mmlm.train.optimizer import warmup_iterations
 from mmlm.train.setup import Start
 
 
-def parameter_counts(chunk: InternVLModel, topology: Topology) -> list[dict[str, int]]:
-    """True parameters (no padding) of each part on each pipeline stage; collective.
+def parameter_counts(chunks: Sequence[InternVLModel], topology: Topology) -> list[dict[str, int]]:
+    """True parameters (no padding) of each part in each row of the pipeline layout; collective.
 
     Returns:
-        One ``{part: count}`` a stage, the same on every rank.
+        One ``{part: count}`` a row, the same on every rank.
     """
-    state = model_state(chunk, topology.groups, prefix="")
-    apply_factories(state)
-    mine = dict.fromkeys(PARTS, 0)
-    for shard in nested_values(state):
-        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
-            mine[shard.key.split(".")[0]] += prod(shard.local_shape)
-    table = torch.zeros(topology.pp_size, len(PARTS), dtype=torch.int64, device=topology.device)
-    table[topology.pp_rank] = torch.tensor(list(mine.values()), device=topology.device)
+    table = torch.zeros(
+        topology.pp_size * len(chunks), len(PARTS), dtype=torch.int64, device=topology.device
+    )
+    for index, chunk in enumerate(chunks):
+        state = model_state([chunk], topology.groups, prefix="")
+        apply_factories(state)
+        mine = dict.fromkeys(PARTS, 0)
+        for shard in nested_values(state):
+            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id):
+                mine[shard.key.split(".")[0]] += prod(shard.local_shape)
+        row = index * topology.pp_size + topology.pp_rank
+        table[row] = torch.tensor(list(mine.values()), device=topology.device)
     dist.all_reduce(table)
     return [dict(zip(PARTS, row, strict=True)) for row in table.tolist()]
 

@@ -35,7 +35,7 @@ class StepResult:
 
 
 def run_schedule(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     forward_step: ForwardStep,
     batches: Sequence[Batch],
     *,
@@ -48,8 +48,9 @@ def run_schedule(
     """
     return get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batches),
-        model=[model],
+        # every chunk of the rank reads the microbatches for itself
+        data_iterator=[iter(batches) for _ in model],
+        model=list(model),
         num_microbatches=len(batches),
         seq_length=1,  # shapes are exchanged before each tensor
         micro_batch_size=1,
@@ -58,7 +59,7 @@ def run_schedule(
 
 
 def forward_backward(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     forward_step: ForwardStep,
     batches: Sequence[Batch],
     topology: Topology,
@@ -68,7 +69,8 @@ def forward_backward(
     Returns:
         The loss, the same on every rank.
     """
-    model.zero_grad_buffer()
+    for chunk in model:
+        chunk.zero_grad_buffer()
     reports = run_schedule(model, forward_step, batches, forward_only=False)
     loss = torch.zeros((), dtype=torch.float64, device=topology.device)
     if topology.tp_rank == 0:
@@ -79,7 +81,7 @@ def forward_backward(
 
 
 def train_step(
-    model: DistributedDataParallel,
+    model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     forward_step: ForwardStep,

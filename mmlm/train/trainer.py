@@ -56,7 +56,7 @@ class Run:
     @property
     def decodes(self) -> bool:
         """Whether this rank decodes pictures: one TP rank of the stage that images enter."""
-        return self.state.model.module.pre_process and self.topology.tp_rank == 0
+        return self.state.chunks[0].pre_process and self.topology.tp_rank == 0
 
 
 def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
@@ -132,11 +132,12 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=topology.dp_size,
         loss_weight=config.train.loss_weight,
+        microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(start.model),
     )
     train_iters = train_iterations(config, planner)
     state = build_training(config, start, topology, backend, dataset, train_iters)
-    counts = parameter_counts(state.model.module, topology)
+    counts = parameter_counts(state.chunks, topology)
 
     def announce() -> None:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
@@ -211,9 +212,7 @@ def save(run: Run, iteration: int) -> Path:
     )
     return save_checkpoint(
         checkpoint_root(config),
-        training_state_dict(
-            run.state.model.module, run.state.optimizer, topology, is_loading=False
-        ),
+        training_state_dict(run.state.chunks, run.state.optimizer, topology, is_loading=False),
         manifest,
         assets=run.assets,
         keep=config.checkpoint.keep,

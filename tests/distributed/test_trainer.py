@@ -59,10 +59,24 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(world: Path, output: Path, *, tp: int = 1, pp: int = 1, **train: Any) -> RunConfig:
+def config(
+    world: Path,
+    output: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vpp: int | None = None,
+    sp: bool = False,
+    **train: Any,
+) -> RunConfig:
     return RunConfig(
         output_dir=str(output),
-        parallel=ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp),
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            sequence_parallel=sp,
+        ),
         data=DataConfig(
             meta=str(world / "playground" / "meta.json"), seq_length=128, num_workers=1
         ),
@@ -124,14 +138,24 @@ def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize(("tp", "pp", "dp"), [(1, 1, 1), (1, 3, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("layout", "dp"),
+    [
+        ({}, 1),
+        ({"pp": 3}, 1),
+        ({"tp": 2}, 2),
+        ({"tp": 2, "pp": 2, "vpp": 2, "sp": True}, 1),
+    ],
+    ids=str,
+)
 def test_resume_at_another_layout_continues_the_curve(
-    world: Path, uninterrupted: Path, tmp_path: Path, tp: int, pp: int, dp: int
+    world: Path, uninterrupted: Path, tmp_path: Path, layout: dict[str, Any], dp: int
 ) -> None:
     middle = "iter_0000003"
     shutil.copytree(uninterrupted / "checkpoints" / middle, tmp_path / "checkpoints" / middle)
     (tmp_path / "checkpoints" / "latest").write_text(middle)
-    run_ranks(tp * pp * dp, train_rank, config(world, tmp_path, tp=tp, pp=pp))
+    ranks = layout.get("tp", 1) * layout.get("pp", 1) * dp
+    run_ranks(ranks, train_rank, config(world, tmp_path, **layout))
     assert_same_curve(curve(tmp_path), curve(uninterrupted)[3:])
     truth = TensorReader(resolve(uninterrupted / "checkpoints"))
     found = TensorReader(resolve(tmp_path / "checkpoints"))
@@ -262,7 +286,7 @@ def reference_scores(hf: Path, meta: Path, cache: Path) -> tuple[float, list[boo
 def test_evaluation_equals_the_reference_on_the_exported_weights(
     world: Path, tmp_path: Path
 ) -> None:
-    """Training at PP 2, export, and evaluation at TP 2 against plain PyTorch on the export."""
+    """Training at PP 2, export, evaluation at TP 2 x PP 2 x VPP 2 with SP against the export."""
     run = config(world, tmp_path, pp=2, train_iters=80, vision_drop_path_rate=0.0)
     run = replace(run, optimizer=OptimizerConfig(lr=1e-2))
     run = replace(run, checkpoint=replace(run.checkpoint, save_interval=0))
@@ -270,13 +294,11 @@ def test_evaluation_equals_the_reference_on_the_exported_weights(
     megatron_to_hf(load=tmp_path / "checkpoints", output=tmp_path / "hf")
     loss, answers = reference_scores(tmp_path / "hf", Path(run.data.meta), tmp_path / "cache")
     assert 0 < sum(answers) < len(answers), "both rights and wrongs must be seen"
-    judged = replace(
-        run,
-        parallel=ParallelConfig(tensor_model_parallel_size=2),
-        checkpoint=CheckpointConfig(load=str(tmp_path / "checkpoints")),
-    )
-    report, *rest = run_ranks(2, evaluate_rank, judged, run.data.meta)
-    assert rest == [{}]
+    layout = config(world, tmp_path, tp=2, pp=2, vpp=2, sp=True).parallel
+    load = CheckpointConfig(load=str(tmp_path / "checkpoints"))
+    judged = replace(run, parallel=layout, checkpoint=load)
+    report, *rest = run_ranks(4, evaluate_rank, judged, run.data.meta)
+    assert rest == [{}, {}, {}]
     assert report["total"]["num_answers"] == len(answers)
     assert report["total"]["exact_match"] == pytest.approx(sum(answers) / len(answers))
     # measured: 1e-7
@@ -288,9 +310,9 @@ def test_evaluation_equals_the_reference_on_the_exported_weights(
 def fresh_weights_rank(run: RunConfig) -> dict[str, torch.Tensor]:
     place = topology.initialize(run.parallel)
     plan = make_stage_plan(run.model, place.pp_size)
-    chunk = build_model(run.model, plan, place, resolve_backend(BackendConfig()), run.train)
-    initialize_weights(chunk, place.groups, seed=3)
-    return gather_tensors(main_shards(chunk, place))
+    chunks = build_model(run.model, plan, place, resolve_backend(BackendConfig()), run.train)
+    initialize_weights(chunks, place.groups, seed=3)
+    return gather_tensors(main_shards(chunks, place))
 
 
 @pytest.mark.distributed

@@ -27,6 +27,7 @@ from mmlm.data.collate import Batch, collate
 from mmlm.data.sample import Sample
 from mmlm.data.step_plan import SampleTable, step_plan
 from mmlm.layers.vision_attention import PaddedHeadsSelfAttention
+from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import build_model, fill_weights, model_state
 from mmlm.parallel.backend import resolve_backend
 from mmlm.parallel.stage_plan import make_stage_plan
@@ -48,6 +49,7 @@ class Layout:
     seq_length: int = 64
     """Small rows hold one sample each: then nothing is packed."""
     micro_batch_size: int = 1
+    vpp: int | None = None
     sp: bool = False
     packed: bool = True
     """False: every row is one sample, as the reference computes it."""
@@ -58,6 +60,8 @@ class Layout:
 
     def __str__(self) -> str:
         name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}" + "-SP" * self.sp
+        if self.vpp:
+            name += f"-VPP{self.vpp}"
         if self.pipeline_layout != "auto":
             name += f"-{self.pipeline_layout}"
         rows = f"s{self.seq_length}x{self.micro_batch_size}" if self.packed else "unpacked"
@@ -152,6 +156,7 @@ def rank_batches(
         micro_batch_size=layout.micro_batch_size,
         data_parallel_size=topology.dp_size,
         loss_weight=train.loss_weight,
+        microbatch_multiple=parallel.microbatch_multiple,
     )
     samples_in_row = [len(row) for of_rank in plan.microbatches for rows in of_rank for row in rows]
     assert layout.packed == (max(samples_in_row) > 1), samples_in_row
@@ -198,6 +203,7 @@ def train_parallel(
     parallel = ParallelConfig(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sp,
     )
     topology = initialize(parallel)
@@ -206,20 +212,13 @@ def train_parallel(
         language=language_from_hf(hf_config["llm_config"], "tiny"),
         ps_version=hf_config.get("ps_version", "v1"),
     )
-    plan = make_stage_plan(config, layout.pp, layout.pipeline_layout)
+    plan = make_stage_plan(config, parallel.num_stages, layout.pipeline_layout)
     backend = resolve_backend(BackendConfig(), train.dtype)
-    chunk = build_model(
-        config,
-        plan,
-        topology,
-        backend,
-        train,
-        sequence_parallel=parallel.uses_sequence_parallel,
-    )
+    chunks = build_model(config, plan, topology, backend, train, parallel)
     source = megatron_weights(config, weights)
-    fill_weights(chunk, topology.groups, lambda name, shape: source[name])
+    fill_weights(chunks, topology.groups, lambda name, shape: source[name])
     dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
-    model = wrap_ddp(chunk, topology)
+    model = wrap_ddp(chunks, topology)
     optimizer = make_optimizer(model, optimizer_config, dtype)
     scheduler = make_scheduler(optimizer, optimizer_config, max(num_iterations, 1))
 
@@ -238,8 +237,8 @@ def train_parallel(
     for iteration in range(num_iterations):
         step, batches = inputs(iteration)
         results.append(train_step(model, optimizer, scheduler, step, batches, topology))
-    final = gather_tensors(main_shards(chunk, topology))
-    zero = torch.tensor(float(_padding_is_zero(chunk)))
+    final = gather_tensors(main_shards(chunks, topology))
+    zero = torch.tensor(float(_padding_is_zero(chunks)))
     torch.distributed.all_reduce(zero, op=torch.distributed.ReduceOp.MIN)
     if topology.rank:
         return None
@@ -253,9 +252,9 @@ def train_parallel(
     )
 
 
-def main_shards(chunk: torch.nn.Module, topology: Topology) -> list[ShardedTensor]:
+def main_shards(chunks: Sequence[InternVLModel], topology: Topology) -> list[ShardedTensor]:
     """This rank's blocks of the weights; each element of the model is in one rank's list."""
-    state = model_state(chunk, topology.groups, prefix="")
+    state = model_state(chunks, topology.groups, prefix="")
     apply_factories(state)
     return [
         shard
@@ -264,9 +263,10 @@ def main_shards(chunk: torch.nn.Module, topology: Topology) -> list[ShardedTenso
     ]
 
 
-def _padding_is_zero(chunk: torch.nn.Module) -> bool:
+def _padding_is_zero(chunks: Sequence[InternVLModel]) -> bool:
     return all(
         module.padding_is_zero()
+        for chunk in chunks
         for module in chunk.modules()
         if isinstance(module, PaddedHeadsSelfAttention)
     )

@@ -53,6 +53,10 @@ LAYOUTS = [
     Layout(pp=2, pipeline_layout="vvvp|EtttL"),  # at the boundary
     Layout(pp=2, pipeline_layout="vvvpE|tttL"),  # after the merge
     Layout(pp=4, pipeline_layout="vv|vpEt|tt|L"),
+    Layout(pp=2, vpp=2, pipeline_layout="v|vv|pEtt|tL"),
+    Layout(pp=2, vpp=3, pipeline_layout="v|v|vpE|t|t|tL"),
+    Layout(tp=2, pp=2, vpp=2, sp=True, pipeline_layout="vv|vpEt|tt|L"),
+    Layout(pp=2, dp=2, vpp=2, packed=False),
 ]
 
 
@@ -202,6 +206,7 @@ def test_drop_path_is_the_same_in_every_layout(layout: Layout) -> None:
         ((0,), Layout(pp=2, pipeline_layout="vv|vpEtttL")),
         ((0,), Layout(tp=2, pp=2)),
         ((0,), Layout(tp=2, pp=2, sp=True)),
+        ((0,), Layout(pp=2, vpp=2, pipeline_layout="v|vv|pEtt|tL")),
         ((0,), Layout(pp=3, pipeline_layout="vv|vp|EtttL")),
         # one picture in ten samples: most microbatches, and one DP rank, have none
         ((1, *[0] * 9), Layout(pp=2, dp=2, packed=False, pipeline_layout="vv|vpEtttL")),

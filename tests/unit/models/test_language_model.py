@@ -57,7 +57,7 @@ def plain(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _parallel(tp_size: int, weights: dict[str, Tensor]) -> dict[str, Any]:
     place = topology.initialize(ParallelConfig(tensor_model_parallel_size=tp_size))
     sizes = model()
-    chunk = build_model(
+    (chunk,) = build_model(
         sizes,
         make_stage_plan(sizes, 1),
         place,
@@ -65,7 +65,7 @@ def _parallel(tp_size: int, weights: dict[str, Tensor]) -> dict[str, Any]:
         TrainConfig(dtype="fp32"),
     )
     source = megatron_weights(sizes, weights)
-    fill_weights(chunk, place.groups, lambda name, shape: source[name])
+    fill_weights([chunk], place.groups, lambda name, shape: source[name])
     language = chunk.language_model
     ids, labels = make_stream()
     logits = language(
@@ -86,7 +86,7 @@ def _parallel(tp_size: int, weights: dict[str, Tensor]) -> dict[str, Any]:
         "embedding": language.embedding.word_embeddings.weight.grad,
         "head": language.output_layer.weight.grad,
         "on disk": [
-            block.global_shape for block in model_state(chunk, place.groups, "")[name].build()
+            block.global_shape for block in model_state([chunk], place.groups, "")[name].build()
         ],
     }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from math import prod
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ def _build(
     )
     model = model or tiny()
     plan = make_stage_plan(model, pp_size, "vvv|pEtttL" if pp_size == 2 else "auto")
-    return build_model(model, plan, place, resolve_backend(BackendConfig()), train), place
+    (chunk,) = build_model(model, plan, place, resolve_backend(BackendConfig()), train)
+    return chunk, place
 
 
 def _divide(tp_size: int) -> str:
@@ -91,9 +93,9 @@ def test_frozen_is_the_part_that_is_named() -> None:
 
 def _fresh(tp_size: int, pp_size: int) -> tuple[dict[str, Tensor], list[dict[str, int]]]:
     chunk, place = _build(tp_size, pp_size)
-    initialize_weights(chunk, place.groups, seed=1)
-    counts = parameter_counts(chunk, place)
-    state = model_state(chunk, place.groups, prefix="")
+    initialize_weights([chunk], place.groups, seed=1)
+    counts = parameter_counts([chunk], place)
+    state = model_state([chunk], place.groups, prefix="")
     apply_factories(state)
     whole = gather_tensors(
         [
@@ -175,9 +177,22 @@ class WithExtraState(torch.nn.Linear):
         """There is nothing to take."""
 
 
-def stand_in() -> Any:
-    """A layer like transformer-engine's and an ordinary one."""
-    return torch.nn.ModuleDict({"te": WithExtraState(2, 3), "norm": torch.nn.LayerNorm(3)})
+class StandIn(torch.nn.ModuleDict):
+    """A layer like transformer-engine's and an ordinary one, as a chunk describes itself."""
+
+    def __init__(self) -> None:
+        super().__init__({"te": WithExtraState(2, 3), "norm": torch.nn.LayerNorm(3)})
+
+    def sharded_state_dict(self, prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Every parameter whole, and the extra state."""
+        state: dict[str, Any] = {
+            prefix + name: ShardedTensor.from_rank_offsets(prefix + name, parameter)
+            for name, parameter in self.named_parameters()
+        }
+        return state | {f"{prefix}te._extra_state": "never written"}
+
+
+GROUPS: Any = SimpleNamespace(dp_cp=None)
 
 
 def complete(chunk: Any) -> dict[str, Tensor]:
@@ -189,20 +204,21 @@ def complete(chunk: Any) -> dict[str, Tensor]:
 
 
 def test_extra_state_is_not_asked_for() -> None:
-    chunk = stand_in()
+    chunk: Any = StandIn()
     assert "te._extra_state" in chunk.state_dict()
+    assert list(model_state([chunk], GROUPS)) == list(complete(chunk))
     tensors = complete(chunk)
-    load_weights(chunk, tensors)
+    load_weights([chunk], GROUPS, tensors)
     for name, parameter in chunk.named_parameters():
         assert torch.equal(parameter, tensors[f"model.{name}"]), name
 
 
 def test_weights_that_are_missing_or_too_many_are_named() -> None:
-    tensors = complete(stand_in())
+    chunk: Any = StandIn()
+    tensors = complete(chunk)
     del tensors["model.norm.bias"]
-    with pytest.raises(CheckpointError) as caught:
-        load_weights(stand_in(), tensors)
-    assert str(caught.value) == "weights do not fit: missing ['norm.bias'], unexpected []"
-    tensors = complete(stand_in()) | {"model.head.weight": torch.zeros(1)}
-    with pytest.raises(CheckpointError, match=r"missing \[\], unexpected \['head\.weight'\]"):
-        load_weights(stand_in(), tensors)
+    with pytest.raises(CheckpointError, match=r"do not fit the model: missing \['norm\.bias'\]"):
+        load_weights([chunk], GROUPS, tensors)
+    tensors = complete(chunk) | {"model.head.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"nobody asked for \['model\.head\.weight'\]"):
+        load_weights([chunk], GROUPS, tensors)

@@ -41,7 +41,7 @@ def test_images_become_segments() -> None:
 def _tower(tp_size: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[str]]:
     place = topology.initialize(ParallelConfig(tensor_model_parallel_size=tp_size))
     sizes = model()
-    chunk = build_model(
+    (chunk,) = build_model(
         sizes,
         make_stage_plan(sizes, 1),
         place,
@@ -49,7 +49,7 @@ def _tower(tp_size: int, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, li
         TrainConfig(dtype="fp32"),
     )
     source = megatron_weights(sizes, weights)
-    fill_weights(chunk, place.groups, lambda name, shape: source[name])
+    fill_weights([chunk], place.groups, lambda name, shape: source[name])
     tower = chunk.vision_model
     _, pixels, ids = tiny_input()
     images = pack_images(sizes.vision, tuple(ids.tolist()), CPU)

@@ -83,6 +83,7 @@ def logits_for(wanted: dict[int, int]) -> Callable[[ModelInputs], Tensor]:
         return logits.unsqueeze(1).requires_grad_().clone()
 
     chunk.pre_process = True  # type: ignore[attr-defined]
+    chunk.config = SimpleNamespace(sequence_parallel=False)  # type: ignore[attr-defined]
     return chunk
 
 
@@ -220,6 +221,7 @@ def _evaluate(wanted: dict[int, int]) -> list[SampleScore]:
         return logits_for(wanted)(inputs)
 
     chunk.pre_process = True  # type: ignore[attr-defined]
+    chunk.config = SimpleNamespace(sequence_parallel=False)  # type: ignore[attr-defined]
     logits, judge = step(iter([two_samples()]), chunk)
     assert seen[0].images.drop_path_scales is None, "drop path is off"
     return judge(logits)[2]["samples"]

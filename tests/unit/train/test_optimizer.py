@@ -117,22 +117,22 @@ def _undecayed(rule: str) -> tuple[set[str], set[str]]:
         vision=dataclasses.replace(tiny().vision, num_layers=1),
         language=dataclasses.replace(tiny().language, num_layers=1),
     )
-    chunk = build_model(
+    (chunk,) = build_model(
         model,
         make_stage_plan(model, 1),
         place,
         resolve_backend(BackendConfig()),
         TrainConfig(dtype="fp32"),
     )
-    initialize_weights(chunk, place.groups, seed=0)
+    initialize_weights([chunk], place.groups, seed=0)
     for parameter in chunk.parameters():
         parameter.data += 1.0
     before = {name: p.detach().clone() for name, p in chunk.named_parameters()}
     config = OptimizerConfig(lr=0.5, weight_decay=0.5, lr_warmup_fraction=0.0, decay=rule)
-    wrapped = wrap_ddp(chunk, place)
+    wrapped = wrap_ddp([chunk], place)
     optimizer = make_optimizer(wrapped, config, torch.float32)
     make_scheduler(optimizer, config, train_iters=10)
-    wrapped.zero_grad_buffer()
+    wrapped[0].zero_grad_buffer()
     assert optimizer.step()[0]
     kept, shrunk = set(), set()
     for name, parameter in chunk.named_parameters():
