@@ -153,8 +153,8 @@ def _check_rows(layout: str, rows: Sequence[str], letters: str, num_stages: int)
     problems = []
     if len(rows) != num_stages:
         problems.append(
-            f"it has {len(rows)} rows for pipeline_model_parallel_size {num_stages}; "
-            "there must be one row a stage"
+            f"it has {len(rows)} rows for {num_stages} stages (pipeline ranks times chunks of "
+            "each); there must be one row a stage"
         )
     if any(not row for row in rows):
         problems.append("every stage must hold at least one layer")

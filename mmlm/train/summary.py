@@ -84,7 +84,13 @@ def _layout_lines(
     config: RunConfig, topology: Topology, plan: StagePlan, counts: list[dict[str, int]]
 ) -> list[str]:
     total = sum(sum(stage.values()) for stage in counts)
-    lines = [f"layout      {topology}", f"            {plan.layout}"]
+    parallel = config.parallel
+    more = ""
+    if parallel.virtual_pipeline_model_parallel_size is not None:
+        more += f", VPP {parallel.virtual_pipeline_model_parallel_size}"
+    if parallel.uses_sequence_parallel:
+        more += ", sequence parallel"
+    lines = [f"layout      {topology}{more}", f"            {plan.layout}"]
     for index, (chunk, stage) in enumerate(zip(plan.chunks, counts, strict=True)):
         parts = ", ".join(f"{part} {count:,}" for part, count in stage.items() if count)
         lines.append(f"  stage {index}   {chunk}: {sum(stage.values()):,} parameters ({parts})")
@@ -102,6 +108,8 @@ def _backend_lines(config: RunConfig, backend: Backend) -> list[str]:
     return [
         f"backend     {backend.device} ({comm}), {config.train.dtype}, layers "
         f"{backend.transformer_impl}, attention {backend.attention_backend}",
+        f"recompute   vision {config.train.recompute_vision_model}, language "
+        f"{config.train.recompute_language_model}",
         f"packages    torch {torch.__version__}, megatron-core "
         f"{importlib.metadata.version('megatron-core')}, {packages}",
     ]

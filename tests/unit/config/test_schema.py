@@ -126,6 +126,21 @@ def test_fields_cannot_be_overwritten() -> None:
             {"decay": "some"},
             "optimizer: decay 'some' must be all, matrices_only or huggingface",
         ),
+        (
+            TrainConfig,
+            {"recompute_vision_model": "some"},
+            "train: recompute_vision_model 'some' must be none, selective or full",
+        ),
+        (
+            ParallelConfig,
+            {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 1},
+            "parallel: virtual_pipeline_model_parallel_size 1 must be at least 2",
+        ),
+        (
+            ParallelConfig,
+            {"virtual_pipeline_model_parallel_size": 2},
+            "needs pipeline_model_parallel_size of at least 2",
+        ),
         (CheckpointConfig, {"keep": -1}, "checkpoint: keep -1 must be at least 0"),
         (CheckpointConfig, {"save_interval": -1}, "save_interval -1 must be at least 0"),
     ],
@@ -146,3 +161,16 @@ def test_all_broken_rules_are_reported_at_once() -> None:
         "train: global_batch_size 0 must be at least 1; dtype 'fp16' must be bf16 or fp32; "
         "epochs 0 must be at least 1"
     )
+
+
+def test_what_virtual_stages_and_sequence_parallelism_ask_of_the_batch() -> None:
+    plain = ParallelConfig(pipeline_model_parallel_size=4, sequence_parallel=True)
+    assert (plain.num_stages, plain.microbatch_multiple, plain.token_multiple) == (4, 1, 1)
+    assert not plain.uses_sequence_parallel, "there is nobody to share with at TP 1"
+    both = ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=3,
+        sequence_parallel=True,
+    )
+    assert (both.num_stages, both.microbatch_multiple, both.token_multiple) == (12, 4, 2)

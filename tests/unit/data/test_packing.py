@@ -85,12 +85,14 @@ def test_dealing_gives_each_group_the_same_count(costs: list[float], num_groups:
     LENGTHS,
     st.integers(1, 3),
     st.integers(1, 4),
+    st.integers(1, 3),
     st.sampled_from([lambda n: float(n), lambda n: n + 0.1 * n * n, lambda n: 1.0]),
 )
 def test_a_plan_keeps_every_promise(
     lengths: list[int],
     micro_batch_size: int,
     data_parallel_size: int,
+    microbatch_multiple: int,
     cost: Callable[[int], float],
 ) -> None:
     plan = pack(
@@ -99,15 +101,17 @@ def test_a_plan_keeps_every_promise(
         seq_length=SEQ_LENGTH,
         micro_batch_size=micro_batch_size,
         data_parallel_size=data_parallel_size,
+        microbatch_multiple=microbatch_multiple,
     )
     assert sorted(flat(plan)) == list(range(len(lengths)))
     assert len(plan) == data_parallel_size
+    assert all(len(rank) % microbatch_multiple == 0 for rank in plan)
     assert len({len(rank) for rank in plan}) == 1
     assert all(len(rows) == micro_batch_size for rank in plan for rows in rank)
     rows = [row for rank in plan for microbatch in rank for row in microbatch]
     assert max(sum(lengths[item] for item in row) for row in rows) <= SEQ_LENGTH
     assert all(rows) or len(lengths) < len(rows)
-    multiple = micro_batch_size * data_parallel_size
+    multiple = micro_batch_size * data_parallel_size * microbatch_multiple
     fewest = len(best_fit_decreasing(lengths, SEQ_LENGTH))
     assert len(rows) == -(-fewest // multiple) * multiple
 

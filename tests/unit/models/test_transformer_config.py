@@ -50,3 +50,37 @@ def test_both_stacks_get_their_part_of_the_layout() -> None:
     ]
     assert counts == [[3, 0], [1, 2]]
     assert not configs.vision.bf16
+
+
+def test_virtual_stages_never_batch_their_exchanges() -> None:
+    """At PP 2 both neighbours are one rank, and batched exchanges would mix up silently."""
+    model = tiny()
+    configs = make_transformer_configs(
+        model,
+        make_stage_plan(model, 4),
+        tp_size=1,
+        pp_size=2,
+        vpp_size=2,
+        dtype=torch.float32,
+    )
+    for config in (configs.vision, configs.language):
+        assert config.virtual_pipeline_model_parallel_size == 2
+        assert config.overlap_p2p_comm is True
+        assert config.batch_p2p_comm is False
+
+
+def test_recompute_is_chosen_for_each_tower() -> None:
+    model = tiny()
+    configs = make_transformer_configs(
+        model,
+        make_stage_plan(model, 1),
+        tp_size=1,
+        pp_size=1,
+        dtype=torch.float32,
+        recompute_vision="full",
+        recompute_language="selective",
+    )
+    assert configs.vision.recompute_granularity == "full"
+    assert (configs.vision.recompute_method, configs.vision.recompute_num_layers) == ("uniform", 1)
+    assert configs.language.recompute_granularity == "selective"
+    assert configs.language.recompute_modules == ["core_attn"]

@@ -88,7 +88,7 @@ def test_notation_of_megatron_core(layout: str, vision: str, language: str) -> N
 @pytest.mark.parametrize(
     ("num_stages", "layout", "problems"),
     [
-        (3, "vvv|pEtttL", ["it has 2 rows for pipeline_model_parallel_size 3"]),
+        (3, "vvv|pEtttL", ["it has 2 rows for 3 stages"]),
         (2, "vvvpEtttL|", ["every stage must hold at least one layer"]),
         (2, "vv|pEtttL", ["without the cuts it must read vvvpEtttL (3 v, p, E, 3 t, L)"]),
         (2, "vvv|ptEttL", ["without the cuts it must read vvvpEtttL"]),
@@ -102,6 +102,19 @@ def test_layout_that_does_not_fit(num_stages: int, layout: str, problems: list[s
     assert f"parallel.pipeline_layout '{layout}': " in str(caught.value)
     for problem in problems:
         assert problem in str(caught.value)
+
+
+def test_virtual_stages_are_rows_dealt_to_the_ranks_in_turn() -> None:
+    """Row k is chunk k // PP of rank k % PP: rank 0 of PP 2 holds rows 0 and 2."""
+    plan = make_stage_plan(model(3, 3), 4, "v|vv|pEtt|tL")
+    of_rank = [plan.chunks[rank::2] for rank in (0, 1)]
+    assert [str(chunk) for chunk in of_rank[0]] == [
+        "vision 0-0",
+        "projection, embedding, decoder 0-1",
+    ]
+    assert [str(chunk) for chunk in of_rank[1]] == ["vision 1-2", "decoder 2-2, head"]
+    assert plan.vision_layout == "Et|ttL||"
+    assert plan.language_layout == "||Ett|tL"
 
 
 def test_more_stages_than_pieces() -> None:
