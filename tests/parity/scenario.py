@@ -1,0 +1,191 @@
+"""What is trained in a comparison, and both ways of training it: plain and parallel.
+
+Errors are relative: of a loss by its value, of a tensor by its norm.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmlm.config.schema import OptimizerConfig, TrainConfig
+from mmlm.data.step_plan import samples_of
+from mmlm.layers.drop_path import drop_path_scales
+from tests.distributed.launch import run_ranks
+from tests.parity.parallel_run import Layout, ParallelRun, make_samples, train_parallel
+from tests.parity.reference_model import ReferenceInternVL
+from tests.parity.reference_training import (
+    ReferenceSample,
+    TrainingRun,
+    cosine_learning_rates,
+    iteration_loss,
+    train,
+)
+from tests.parity.tiny_reference import CONTEXT, VOCAB, tiny_config, tiny_model
+from tests.tiny_weights import tiny_llm_config
+
+NUM_SAMPLES = 10
+GLOBAL_BATCH_SIZE = 6
+SEED = 5
+
+# with Adam's usual epsilon of 1e-8, a gradient of 1e-9 that is nothing but rounding moves a weight
+OPTIMIZER = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.3, adam_eps=1e-4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """A model, its data and its arithmetic; nothing of a layout."""
+
+    images: tuple[int, ...] = (1, 0, 2, 1)
+    """Images of the samples in turn."""
+    weight: str = "token"
+    """Loss weight."""
+    drop_path: float = 0.0
+    """Rate of the last vision layer."""
+    ps_version: str = "v1"
+    language_heads: tuple[int, int] = (4, 2)
+    """Query heads and key/value heads of the decoder."""
+    num_iterations: int = 3
+
+    def config(self) -> dict[str, Any]:
+        """Sizes in HuggingFace's words."""
+        heads, groups = self.language_heads
+        llm = tiny_llm_config(VOCAB, num_attention_heads=heads, num_key_value_heads=groups)
+        return tiny_config(ps_version=self.ps_version, llm_config=llm)
+
+    def model(self) -> ReferenceInternVL:
+        """The plain model with its random weights."""
+        return tiny_model(ps_version=self.ps_version, llm_config=self.config()["llm_config"])
+
+    def train_config(self, **changes: Any) -> TrainConfig:
+        """Settings of the parallel run."""
+        return TrainConfig(
+            **{
+                "global_batch_size": GLOBAL_BATCH_SIZE,
+                "dtype": "fp32",
+                "vision_drop_path_rate": self.drop_path,
+                "loss_weight": self.weight,
+                "seed": SEED,
+                **changes,
+            }
+        )
+
+    def run(self, layout: Layout, **changes: Any) -> ParallelRun:
+        """Train in parallel.
+
+        Args:
+            layout: how the model and the batch are cut.
+            **changes: fields of the TrainConfig, e.g. ``dtype="bf16"``.
+        """
+        return run_ranks(
+            layout.world_size,
+            train_parallel,
+            layout,
+            self.config(),
+            dict(self.model().state_dict()),
+            make_samples(NUM_SAMPLES, CONTEXT, images_of_sample=self.images),
+            self.train_config(**changes),
+            OPTIMIZER,
+            self.num_iterations,
+        )[0]
+
+
+def _drop_path(scenario: Scenario) -> Callable[[int], Any] | None:
+    if not scenario.drop_path:
+        return None
+
+    def of_iteration(iteration: int) -> Callable[[int, int, int], float]:
+        def multiplier(image_id: int, layer: int, branch: int) -> float:
+            scales = drop_path_scales(
+                seed=SEED,
+                iteration=iteration,
+                image_ids=[image_id],
+                num_layers=3,
+                max_rate=scenario.drop_path,
+            )
+            return float(scales[layer, branch, 0])
+
+        return multiplier
+
+    return of_iteration
+
+
+@cache
+def reference_batches(scenario: Scenario) -> tuple[tuple[ReferenceSample, ...], ...]:
+    """The samples of each iteration."""
+    samples = [
+        ReferenceSample(
+            input_ids=torch.from_numpy(sample.input_ids),
+            labels=torch.from_numpy(sample.labels),
+            pixel_values=torch.from_numpy(sample.pixel_values),
+            image_ids=torch.from_numpy(sample.image_ids),
+        )
+        for sample in make_samples(NUM_SAMPLES, CONTEXT, images_of_sample=scenario.images)
+    ]
+    return tuple(
+        tuple(
+            samples[index]
+            for index in samples_of(
+                NUM_SAMPLES,
+                seed=SEED,
+                iteration=iteration,
+                global_batch_size=GLOBAL_BATCH_SIZE,
+            )[1]
+        )
+        for iteration in range(scenario.num_iterations)
+    )
+
+
+@cache
+def reference_gradients(scenario: Scenario) -> dict[str, Tensor]:
+    """Gradients of the first iteration by autograd; zero where nothing was used."""
+    model, drop_path = scenario.model(), _drop_path(scenario)
+    loss = iteration_loss(
+        model,
+        reference_batches(scenario)[0],
+        scenario.weight,
+        img_context_token_id=CONTEXT,
+        drop_path=drop_path(0) if drop_path else None,
+    )
+    loss.backward()
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+
+
+@cache
+def reference_run(scenario: Scenario) -> TrainingRun:
+    """A few steps of torch's AdamW."""
+    return train(
+        scenario.model(),
+        reference_batches(scenario),
+        cosine_learning_rates(OPTIMIZER.lr, scenario.num_iterations, OPTIMIZER.lr_warmup_fraction),
+        img_context_token_id=CONTEXT,
+        weight=scenario.weight,
+        eps=OPTIMIZER.adam_eps,
+        weight_decay=OPTIMIZER.weight_decay,
+        clip=OPTIMIZER.clip_grad,
+        drop_path=_drop_path(scenario),
+    )
+
+
+def error(value: Tensor, truth: Tensor) -> float:
+    """Norm of the difference over the norm of the truth."""
+    difference = (value.double() - truth.double()).norm()
+    return (difference / truth.double().norm().clamp_min(1e-30)).item()
+
+
+def worst(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:
+    """The largest error of all tensors and the name it belongs to."""
+    assert values.keys() == truth.keys()
+    return max((error(values[name], truth[name]), name) for name in truth)
+
+
+def worst_loss(found: ParallelRun, truth: TrainingRun) -> float:
+    """The largest error of the losses of all iterations."""
+    pairs = zip(found.losses, truth.losses, strict=True)
+    return max(abs(value - wanted) / abs(wanted) for value, wanted in pairs)
