@@ -217,7 +217,7 @@ class DataConfig:
         )
 
 
-LossWeight = Literal["token", "sample", "square"]
+LossWeight = Literal["token", "sample", "square", "micro_batch_mean"]
 Recompute = Literal["none", "selective", "full"]
 
 
@@ -238,7 +238,10 @@ class TrainConfig:
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; main weights and gradients are always fp32."""
     loss_weight: LossWeight = "token"
-    """token: mean over supervised tokens; sample: mean of sample means; square: 1/sqrt(n) each."""
+    """token: mean over supervised tokens; sample: mean of sample means; square: 1/sqrt(n) each;
+    micro_batch_mean: mean over groups of `loss_group_size` samples of their token means."""
+    loss_group_size: int = 8
+    """Samples in a group of micro_batch_mean: PER_DEVICE_BATCH_SIZE of the published code."""
     vision_drop_path_rate: float = 0.4
     """Drop-path rate of the last vision layer; linear from 0 at the first, per image."""
     freeze_vision_model: bool = False
@@ -270,8 +273,11 @@ class TrainConfig:
                     self.micro_batch_size >= 1
                 ),
                 f"dtype '{self.dtype}' must be bf16 or fp32": self.dtype in ("bf16", "fp32"),
-                f"loss_weight '{self.loss_weight}' must be token, sample or square": (
-                    self.loss_weight in ("token", "sample", "square")
+                f"loss_weight '{self.loss_weight}' must be token, sample, square or "
+                "micro_batch_mean": self.loss_weight
+                in ("token", "sample", "square", "micro_batch_mean"),
+                f"loss_group_size {self.loss_group_size} must be at least 1": (
+                    self.loss_group_size >= 1
                 ),
                 **{
                     f"{name} '{getattr(self, name)}' must be none, selective or full": (

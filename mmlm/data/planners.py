@@ -40,6 +40,8 @@ class TrainPlanner:
     """Ranks that share the batch."""
     loss_weight: LossWeight = "token"
     """How the tokens of the global batch are weighed."""
+    loss_group_size: int = 8
+    """Samples of a group of ``micro_batch_mean``."""
     microbatch_multiple: int = 1
     """The microbatches of a rank are a multiple of this."""
     cost: PackingCost = field(default_factory=PackingCost)
@@ -61,6 +63,7 @@ class TrainPlanner:
             micro_batch_size=self.micro_batch_size,
             data_parallel_size=self.data_parallel_size,
             loss_weight=self.loss_weight,
+            loss_group_size=self.loss_group_size,
             microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
         )

@@ -107,17 +107,25 @@ def samples_of(
 
 
 def token_weights(
-    sample_ids: IntArray, num_supervised_tokens: IntArray, loss_weight: LossWeight
+    sample_ids: IntArray,
+    num_supervised_tokens: IntArray,
+    loss_weight: LossWeight,
+    loss_group_size: int = 8,
 ) -> dict[int, float]:
     """Return the final weight of each supervised token, by sample.
 
     With n_i supervised tokens in sample i of N: ``token`` 1 / sum n_j; ``sample`` 1 / (N n_i);
-    ``square`` (1 / sqrt(n_i)) / sum sqrt(n_j). The weights of all tokens sum to 1.
+    ``square`` (1 / sqrt(n_i)) / sum sqrt(n_j); ``micro_batch_mean`` 1 / (G sum of n_j in the group
+    of i), where the samples, in their order, make G groups. The weights of all tokens sum to 1.
+
+    The last is the arithmetic of the published trainer: the token mean of each rank's micro-batch,
+    and the mean of those over ranks and accumulation steps.
 
     Args:
         sample_ids: samples of the global batch; one that appears twice counts twice.
         num_supervised_tokens: n_i, in the same order.
-        loss_weight: which of the three.
+        loss_weight: which of the four.
+        loss_group_size: samples of a group; the last group may have fewer.
     """
     counts = [int(count) for count in num_supervised_tokens]
     if loss_weight == "token":
@@ -125,10 +133,18 @@ def token_weights(
         weights = [1.0 / total for _ in counts]
     elif loss_weight == "sample":
         weights = [1.0 / (len(counts) * count) for count in counts]
-    else:
+    elif loss_weight == "square":
         total_root = math.fsum(math.sqrt(count) for count in counts)
         weights = [1.0 / (math.sqrt(count) * total_root) for count in counts]
-    return dict(zip(sample_ids.tolist(), weights, strict=True))
+    else:
+        starts = range(0, len(counts), loss_group_size)
+        groups = [counts[start : start + loss_group_size] for start in starts]
+        weights = [1.0 / (len(groups) * sum(group)) for group in groups for _ in group]
+    by_sample: dict[int, list[float]] = {}
+    for sample_id, weight in zip(sample_ids.tolist(), weights, strict=True):
+        by_sample.setdefault(sample_id, []).append(weight)
+    # one that appears twice, in groups of different weight, gets their mean twice: the same sum
+    return {sample_id: math.fsum(each) / len(each) for sample_id, each in by_sample.items()}
 
 
 def step_plan(
@@ -141,6 +157,7 @@ def step_plan(
     micro_batch_size: int,
     data_parallel_size: int,
     loss_weight: LossWeight = "token",
+    loss_group_size: int = 8,
     microbatch_multiple: int = 1,
     cost: PackingCost | None = None,
 ) -> StepPlan:
@@ -155,6 +172,7 @@ def step_plan(
         micro_batch_size: rows of a microbatch.
         data_parallel_size: ranks that share the batch.
         loss_weight: how the tokens of the global batch are weighed.
+        loss_group_size: samples of a group of ``micro_batch_mean``.
         microbatch_multiple: the microbatches of a rank are a multiple of this.
         cost: what levelling evens out.
 
@@ -165,7 +183,8 @@ def step_plan(
         len(table.usable), seed=seed, iteration=iteration, global_batch_size=global_batch_size
     )
     sample_ids = table.usable[places]
-    weights = token_weights(sample_ids, table.num_supervised_tokens[sample_ids], loss_weight)
+    counts = table.num_supervised_tokens[sample_ids]
+    weights = token_weights(sample_ids, counts, loss_weight, loss_group_size)
     return assemble(
         table,
         sample_ids,

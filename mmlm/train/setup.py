@@ -118,6 +118,7 @@ _FIXED_SETTINGS = (
     "train.global_batch_size",
     "train.seed",
     "train.loss_weight",
+    "train.loss_group_size",
     "train.dtype",
     "data.seq_length",
 )

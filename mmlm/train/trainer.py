@@ -132,6 +132,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
         micro_batch_size=config.train.micro_batch_size,
         data_parallel_size=topology.dp_size,
         loss_weight=config.train.loss_weight,
+        loss_group_size=config.train.loss_group_size,
         microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(start.model),
     )

@@ -156,10 +156,13 @@ def rank_batches(
         micro_batch_size=layout.micro_batch_size,
         data_parallel_size=topology.dp_size,
         loss_weight=train.loss_weight,
+        loss_group_size=train.loss_group_size,
         microbatch_multiple=parallel.microbatch_multiple,
     )
     samples_in_row = [len(row) for of_rank in plan.microbatches for rows in of_rank for row in rows]
-    assert layout.packed == (max(samples_in_row) > 1), samples_in_row
+    # packed means packed, but where the layout wants as many rows as there are samples
+    can_share = layout.packed and len(samples_in_row) < sum(samples_in_row)
+    assert can_share == (max(samples_in_row) > 1), samples_in_row
     return [
         collate(
             [[samples[index] for index in row] for row in rows],

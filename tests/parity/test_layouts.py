@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from tests.parity.parallel_run import Layout, ParallelRun
-from tests.parity.reference_training import TrainingRun
-from tests.parity.scenario import Scenario, reference_gradients, reference_run, worst
+from tests.parity.reference_training import TrainingRun, token_losses
+from tests.parity.scenario import (
+    Scenario,
+    reference_batches,
+    reference_gradients,
+    reference_run,
+    worst,
+)
 from tests.parity.tiny_reference import CONTEXT
 
 LOSS_TOLERANCE = 1e-6
@@ -66,6 +72,20 @@ def test_loss_weights_equal_their_definitions(weight: str) -> None:
     found = scenario.run(Layout(dp=2, micro_batch_size=2))
     assert worst(found.gradients, reference_gradients(scenario)) < (GRADIENT_TOLERANCE, "")
     check_steps(found, reference_run(scenario))
+
+
+@pytest.mark.distributed
+def test_micro_batch_mean_is_the_published_arithmetic() -> None:
+    """Mean over micro-batches (here 4 and 2 samples, in order) of the mean over their tokens."""
+    model, batch = PLAIN.model(), reference_batches(PLAIN)[0]
+    losses = [token_losses(model, sample, CONTEXT) for sample in batch]
+    loss = (torch.cat(losses[:4]).mean() + torch.cat(losses[4:]).mean()) / 2
+    loss.backward()
+    truth = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for layout in (Layout(), Layout(dp=2, micro_batch_size=2)):
+        found = PLAIN.run(layout, loss_weight="micro_batch_mean", loss_group_size=4)
+        assert found.losses[0] == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
+        assert worst(found.gradients, truth) < (GRADIENT_TOLERANCE, "")
 
 
 @pytest.mark.distributed

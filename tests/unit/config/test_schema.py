@@ -85,7 +85,7 @@ def test_fields_cannot_be_overwritten() -> None:
         (
             TrainConfig,
             {"loss_weight": "mean"},
-            "train: loss_weight 'mean' must be token, sample or square",
+            "train: loss_weight 'mean' must be token, sample, square or micro_batch_mean",
         ),
         (
             TrainConfig,

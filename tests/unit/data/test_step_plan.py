@@ -158,10 +158,13 @@ def test_excluded_samples_are_never_taken() -> None:
         ("token", [1 / 30, 1 / 30, 1 / 30]),
         ("sample", [1 / (3 * 1), 1 / (3 * 4), 1 / (3 * 25)]),
         ("square", [1 / (1 * 8), 1 / (2 * 8), 1 / (5 * 8)]),
+        # groups of two: the mean over five tokens, and the mean over 25
+        ("micro_batch_mean", [1 / (2 * 5), 1 / (2 * 5), 1 / (2 * 25)]),
     ],
 )
 def test_weights_by_hand(loss_weight: LossWeight, expected: list[float]) -> None:
-    weights = token_weights(np.array([7, 3, 5]), np.array([1, 4, 25]), loss_weight)
+    ids, counts = np.array([7, 3, 5]), np.array([1, 4, 25])
+    weights = token_weights(ids, counts, loss_weight, loss_group_size=2)
     assert list(weights) == [7, 3, 5]
     assert list(weights.values()) == pytest.approx(expected, rel=1e-15)
 
@@ -169,6 +172,10 @@ def test_weights_by_hand(loss_weight: LossWeight, expected: list[float]) -> None
 def test_a_sample_that_appears_twice_counts_twice() -> None:
     weights = token_weights(np.array([7, 7]), np.array([4, 4]), "token")
     assert weights == {7: 1 / 8}
+    # once alone in the last group of weight 1 / 8, once beside 12 tokens of weight 1 / 32
+    weights = token_weights(np.array([7, 3, 7]), np.array([4, 12, 4]), "micro_batch_mean", 2)
+    assert weights == {7: pytest.approx((1 / 8 + 1 / 32) / 2), 3: pytest.approx(1 / 32)}
+    assert 2 * 4 * weights[7] + 12 * weights[3] == pytest.approx(1.0)
 
 
 def test_counting_iterations_and_samples() -> None:
