@@ -15,9 +15,9 @@ from mmlm.errors import ConfigError, MmlmError
 from mmlm.log import get_logger, setup_logging
 
 TRAIN_EPILOG = """\
-examples:
+examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has made):
   one process (CPU or GPU):
-    mmlm train --recipe examples/internvl_v1_2/recipe.py:tiny
+    mmlm train --recipe examples/internvl_v1_2/recipe.py:tiny --set output_dir=work_dirs/one
   four processes, TP 2 x PP 2:
     torchrun --standalone --nproc-per-node 4 -m mmlm train \\
         --recipe examples/internvl_v1_2/recipe.py:tiny \\

@@ -94,5 +94,7 @@ def tiny() -> RunConfig:
             vision_drop_path_rate=0.0,
         ),
         optimizer=OptimizerConfig(lr=1.5e-3, lr_warmup_fraction=0.1, adam_beta2=0.95),
-        checkpoint=CheckpointConfig(save_interval=300, keep=2),
+        checkpoint=CheckpointConfig(
+            load="work_dirs/demo_cache/converted", save_interval=300, keep=2
+        ),
     )
