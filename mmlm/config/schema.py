@@ -146,6 +146,12 @@ class ParallelConfig:
     """Share tokens between the TP ranks outside of attention and MLP (SP); no effect at TP 1."""
     pipeline_layout: str = "auto"
     """Where the flat layer list is cut, e.g. ``vv|vpEt|ttL``; ``auto`` balances the work."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the DP ranks bucket by bucket while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Collect updated weights from the DP ranks while the next forward pass already runs."""
+    ddp_bucket_size: int | None = None
+    """Parameters in a bucket; None: megatron-core's choice, max(40e6, 1e6 x DP)."""
 
     def __post_init__(self) -> None:
         _require(
@@ -164,6 +170,11 @@ class ParallelConfig:
                     )
                     >= 2
                 ),
+                "overlap_param_gather needs overlap_grad_reduce: the buckets of one are the "
+                "other's": self.overlap_grad_reduce or not self.overlap_param_gather,
+                f"ddp_bucket_size {self.ddp_bucket_size} must be at least 1, and needs "
+                "overlap_grad_reduce": self.ddp_bucket_size is None
+                or (self.overlap_grad_reduce and self.ddp_bucket_size >= 1),
             },
         )
 
@@ -244,6 +255,8 @@ class TrainConfig:
     """Samples in a group of micro_batch_mean: PER_DEVICE_BATCH_SIZE of the published code."""
     vision_drop_path_rate: float = 0.4
     """Drop-path rate of the last vision layer; linear from 0 at the first, per image."""
+    vision_drop_path_mode: Literal["skip", "mask"] = "skip"
+    """skip: dropped branches are not computed; mask: computed and multiplied by 0, same result."""
     freeze_vision_model: bool = False
     """Leave the vision tower as it is (drop path stays active unless its rate is 0)."""
     freeze_vision_projection: bool = False
@@ -287,6 +300,9 @@ class TrainConfig:
                 },
                 f"vision_drop_path_rate {self.vision_drop_path_rate} must be in [0, 1)": (
                     0.0 <= self.vision_drop_path_rate < 1.0
+                ),
+                f"vision_drop_path_mode '{self.vision_drop_path_mode}' must be skip or mask": (
+                    self.vision_drop_path_mode in ("skip", "mask")
                 ),
                 "all three parts are frozen: nothing would be trained": not frozen,
                 f"train_iters {self.train_iters} must be at least 1": (

@@ -1,11 +1,14 @@
 """One InternViT layer: pre-norm attention and MLP, LayerScale, drop path per image.
 
 ``x = x + drop_path(attention(norm1(x)) * ls1)``; ``x = x + drop_path(mlp(norm2(x)) * ls2)``.
+A branch is computed for the images that keep it, and not at all for the others.
 
 Legend: t tokens of all images (and padding) in one stream, h hidden size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +20,11 @@ from megatron.core.transformer.transformer_layer import (
 )
 from torch import Tensor
 
+from mmlm.layers.kept_rows import add_rows, kept_rows, take_rows
 from mmlm.layers.packed_sequence import PackedSequence
 from mmlm.layers.sequence_region import local_part
+
+DropPathMode = Literal["skip", "mask"]
 
 
 @dataclass
@@ -30,7 +36,11 @@ class PackedImages(PackedSequence):
     tokens_per_image: int = 0
     """Tokens of one image; what follows the last image is padding."""
     drop_path_scales: Tensor | None = None
-    """float32 [layers of the tower, 2, images], see `drop_path.py`; None: nothing is dropped."""
+    """float32 [layers of the tower, 2, images] on the CPU, because it decides which rows are
+    computed; see `drop_path.py`. None: nothing is dropped."""
+    drop_path_mode: DropPathMode = "skip"
+    """skip: dropped branches are not computed; mask: they are, and multiplied by 0 (the same
+    result, in shapes that never change)."""
 
 
 class InternVisionLayer(TransformerLayer):
@@ -73,26 +83,52 @@ class InternVisionLayer(TransformerLayer):
         Returns:
             The same shape, and None for megatron-core's cross-attention context.
         """
-        attention, bias = self.self_attention(
-            self.input_layernorm(hidden_states),
-            attention_mask=None,
-            packed_seq_params=packed_seq_params,
-        )
-        branch = (attention + bias) * self.attention_scale
-        hidden_states = hidden_states + self._drop_path(branch, packed_seq_params, 0)
-        mlp, bias = self.mlp(self.pre_mlp_layernorm(hidden_states))
-        branch = (mlp + bias) * self.mlp_scale
-        return hidden_states + self._drop_path(branch, packed_seq_params, 1), None
+        x = self._add_branch(hidden_states, packed_seq_params, 0, self._attention)
+        return self._add_branch(x, packed_seq_params, 1, self._mlp), None
 
-    def _drop_path(self, branch: Tensor, images: PackedImages, index: int) -> Tensor:
+    def _attention(self, x: Tensor, segments: PackedSequence) -> Tensor:
+        out, bias = self.self_attention(
+            self.input_layernorm(x), attention_mask=None, packed_seq_params=segments
+        )
+        return (out + bias) * self.attention_scale
+
+    def _mlp(self, x: Tensor, segments: PackedSequence) -> Tensor:
+        out, bias = self.mlp(self.pre_mlp_layernorm(x))
+        return (out + bias) * self.mlp_scale
+
+    def _add_branch(
+        self,
+        x: Tensor,
+        images: PackedImages,
+        index: int,
+        branch: Callable[[Tensor, PackedSequence], Tensor],
+    ) -> Tensor:
         # TransformerLayer has made layer_number global (from 1); layer 0 is never dropped
         layer = self.layer_number - 1
         if layer == 0 or images.drop_path_scales is None or not images.image_ids:
-            return branch
-        per_image = images.drop_path_scales[layer, index].to(branch.dtype)
+            return x + branch(x, images)
+        scales = images.drop_path_scales[layer, index].tolist()
+        if images.drop_path_mode == "mask":
+            return x + branch(x, images) * self._per_token(images, scales, x)
+        if all(scales):
+            return x + branch(x, images) * scales[0]
+        shared = self.config.sequence_parallel
+        group = self.pg_collection.tp
+        rows = kept_rows(
+            [scale > 0.0 for scale in scales],
+            images.tokens_per_image,
+            sum(images.segment_lengths),
+            num_ranks=group.size() if shared else 1,
+            rank=group.rank() if shared else 0,
+        )
+        kept = PackedSequence.from_lengths(rows.segment_lengths, x.device)
+        return add_rows(x, branch(take_rows(x, rows, group), kept), max(scales), rows, group)
+
+    def _per_token(self, images: PackedImages, scales: list[float], x: Tensor) -> Tensor:
+        per_image = torch.tensor(scales, dtype=x.dtype, device=x.device)
         per_token = per_image.repeat_interleave(
-            images.tokens_per_image, output_size=len(images.image_ids) * images.tokens_per_image
+            images.tokens_per_image, output_size=len(scales) * images.tokens_per_image
         )
         padding = sum(images.segment_lengths) - per_token.shape[0]
         per_token = F.pad(per_token, (0, padding), value=1.0)
-        return branch * local_part(per_token, self.config, self.pg_collection).view(-1, 1, 1)
+        return local_part(per_token, self.config, self.pg_collection).view(-1, 1, 1)

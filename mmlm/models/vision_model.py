@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mmlm.config.schema import VisionConfig
 from mmlm.layers.sequence_region import enter_sequence_region, pad_stream, padding_tokens
-from mmlm.layers.vision_layer import PackedImages
+from mmlm.layers.vision_layer import DropPathMode, PackedImages
 from mmlm.models.layer_specs import block_spec, vision_layer_spec
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.stage_plan import StageChunk
@@ -113,6 +113,7 @@ def pack_images(
     device: torch.device,
     drop_path_scales: Tensor | None = None,
     pad_to_multiple_of: int = 1,
+    drop_path_mode: DropPathMode = "skip",
 ) -> PackedImages:
     """Describe the stream of ``image_ids``; an inert one of `INERT_TOKENS` when there are none.
 
@@ -120,21 +121,21 @@ def pack_images(
         vision: sizes.
         image_ids: global ids of the images, in order.
         device: where the stream is.
-        drop_path_scales: float32 [layers, 2, images] on any device; None: nothing is dropped.
+        drop_path_scales: float32 [layers, 2, images] on the CPU; None: nothing is dropped.
         pad_to_multiple_of: with sequence parallelism the TP size; padding is a segment of its own.
+        drop_path_mode: whether dropped branches are skipped or masked.
     """
     lengths = (vision.tokens_per_image,) * len(image_ids) or (INERT_TOKENS,)
     padding = -sum(lengths) % pad_to_multiple_of
     if padding:
         lengths = (*lengths, padding)
-    if drop_path_scales is not None:
-        drop_path_scales = drop_path_scales.to(device, non_blocking=True)
     packed = PackedImages.from_lengths(
         lengths,
         device,
         image_ids=image_ids,
         tokens_per_image=vision.tokens_per_image,
         drop_path_scales=drop_path_scales,
+        drop_path_mode=drop_path_mode,
     )
     assert isinstance(packed, PackedImages)
     return packed

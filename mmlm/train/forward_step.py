@@ -14,6 +14,7 @@ from mmlm.config.schema import ModelConfig
 from mmlm.data.collate import Batch
 from mmlm.layers.drop_path import drop_path_scales
 from mmlm.layers.packed_sequence import PackedSequence
+from mmlm.layers.vision_layer import DropPathMode
 from mmlm.models.internvl_model import ModelInputs
 from mmlm.models.vision_model import pack_images
 from mmlm.parallel.topology import Topology
@@ -31,6 +32,8 @@ class DropPath:
     iteration: int
     max_rate: float
     """Rate of the last vision layer."""
+    mode: DropPathMode = "skip"
+    """Whether dropped branches are skipped or computed and masked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,14 @@ def make_inputs(
         position_ids=batch.position_ids.to(device, non_blocking=True),
         segments=PackedSequence.from_lengths(batch.segment_lengths, device),
         pixel_values=share_pixels(batch, model, topology) if needs_pixels else None,
-        images=pack_images(model.vision, image_ids, device, scales, pad_images_to),
+        images=pack_images(
+            model.vision,
+            image_ids,
+            device,
+            scales,
+            pad_images_to,
+            drop_path.mode if drop_path is not None else "skip",
+        ),
         image_positions=batch.image_positions.to(device, non_blocking=True),
         label_positions=label_positions(batch).to(device, non_blocking=True),
     )

@@ -168,6 +168,7 @@ def _forward_step(run: Run, iteration: int) -> ForwardStep:
         seed=run.config.train.seed,
         iteration=iteration,
         max_rate=run.config.train.vision_drop_path_rate,
+        mode=run.config.train.vision_drop_path_mode,
     )
     return training_forward_step(run.start.model, run.topology, drop_path)
 

@@ -227,7 +227,10 @@ def train_parallel(
 
     def inputs(iteration: int) -> tuple[Any, list[Batch]]:
         drop_path = DropPath(
-            seed=train.seed, iteration=iteration, max_rate=train.vision_drop_path_rate
+            seed=train.seed,
+            iteration=iteration,
+            max_rate=train.vision_drop_path_rate,
+            mode=train.vision_drop_path_mode,
         )
         step = training_forward_step(config, topology, drop_path)
         first = plan.chunks[topology.pp_rank].has_vision_embedding and topology.tp_rank == 0

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmlm.config.presets import tiny
 from mmlm.config.schema import BackendConfig, ParallelConfig
 from mmlm.layers.drop_path import drop_path_scales
-from mmlm.layers.vision_layer import PackedImages
+from mmlm.layers.vision_layer import DropPathMode, PackedImages
 from mmlm.models.layer_specs import vision_layer_spec
 from mmlm.models.transformer_config import make_transformer_configs
 from mmlm.parallel import topology
@@ -49,14 +49,15 @@ def all_scales() -> Tensor:
     return torch.from_numpy(found)
 
 
-def packed(*, drop: bool) -> PackedImages:
+def packed(*, drop: bool, mode: DropPathMode = "skip", padding: int = PADDING) -> PackedImages:
     """The images of the stream, with or without drop path."""
     images = PackedImages.from_lengths(
-        (*[TOKENS] * len(IDS), PADDING),
+        (*[TOKENS] * len(IDS), padding),
         torch.device("cpu"),
         image_ids=IDS,
         tokens_per_image=TOKENS,
         drop_path_scales=all_scales() if drop else None,
+        drop_path_mode=mode,
     )
     assert isinstance(images, PackedImages)
     return images
@@ -76,8 +77,12 @@ def _outputs(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         )
         missing, unexpected = layer.load_state_dict(weights, strict=False)
         assert not unexpected and all(name.endswith("_extra_state") for name in missing)
-        for name, drop in (("train", True), ("evaluate", False)):
-            out, context = layer(make_stream().unsqueeze(1), packed_seq_params=packed(drop=drop))
+        for name, images in (
+            ("skip", packed(drop=True)),
+            ("mask", packed(drop=True, mode="mask")),
+            ("evaluate", packed(drop=False)),
+        ):
+            out, context = layer(make_stream().unsqueeze(1), packed_seq_params=images)
             assert context is None
             found[f"{name} {number}"] = out.detach()[:, 0]
     return found
@@ -114,12 +119,92 @@ def test_layer_is_the_reference_layer_image_by_image() -> None:
         attention, mlp = all_scales()[number - 1]
         if number == 3:  # all four combinations occur
             assert len({(bool(a), bool(m)) for a, m in zip(attention, mlp, strict=True)}) == 4
+        dropping = [*zip(attention.tolist(), mlp.tolist(), strict=True)]
         for name, multipliers in (
-            ("train", [*zip(attention.tolist(), mlp.tolist(), strict=True), (1.0, 1.0)]),
-            ("evaluate", [(1.0, 1.0)] * (len(IDS) + 1)),
+            ("skip", dropping),
+            ("mask", dropping),
+            ("evaluate", [(1.0, 1.0)] * len(IDS)),
         ):
             expected = torch.cat(
-                [plain(x, *pair).detach() for x, pair in zip(images, multipliers, strict=True)]
+                [plain(x, *pair).detach() for x, pair in zip(images, multipliers, strict=False)]
             )
+            out = found[f"{name} {number}"][: len(expected)]
             # measured 1.7e-6
-            torch.testing.assert_close(found[f"{name} {number}"], expected, rtol=0, atol=2e-5)
+            torch.testing.assert_close(out, expected, rtol=0, atol=2e-5)
+
+
+def _modes(tp_size: int, sequence_parallel: bool, scales: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Output, gradients and computed MLP rows of layer 3 in both modes, whole on every rank."""
+    place = topology.initialize(
+        ParallelConfig(tensor_model_parallel_size=tp_size, sequence_parallel=sequence_parallel)
+    )
+    model, group = tiny(), place.groups.tp
+    configs = make_transformer_configs(
+        model,
+        make_stage_plan(model, 1),
+        tp_size=tp_size,
+        pp_size=1,
+        dtype=torch.float32,
+        sequence_parallel=sequence_parallel,
+    )
+    spec = vision_layer_spec(resolve_backend(BackendConfig()), model.vision)
+    layer = build_module(spec, config=configs.vision, layer_number=3, pg_collection=place.groups)
+    generator = torch.Generator().manual_seed(0)  # what the ranks share must be the same
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    layer.self_attention.zero_padding_()
+    stream = make_stream()  # 12 images and padding; a multiple of 4
+    stream = torch.cat([stream, stream.new_zeros(-len(stream) % 4, stream.shape[1])])[:, None]
+    rows: list[int] = []
+    layer.mlp.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    results = {}
+    for mode in ("skip", "mask"):
+        images = packed(drop=True, mode=mode, padding=len(stream) - len(IDS) * TOKENS)
+        images.drop_path_scales = scales
+        share = stream.chunk(group.size())[group.rank()] if sequence_parallel else stream
+        x = share.clone().requires_grad_()
+        out, _ = layer(x, packed_seq_params=images)
+        # the padding is not looked at by anyone
+        is_image = torch.arange(len(stream)) < len(IDS) * TOKENS
+        weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+        shown = is_image.chunk(group.size())[group.rank()] if sequence_parallel else is_image
+        layer.zero_grad()
+        ((out * weights)[shown]).sum().backward()
+        for parameter in layer.parameters():  # as megatron-core does after the backward pass
+            if getattr(parameter, "sequence_parallel", False):
+                torch.distributed.all_reduce(parameter.grad, group=group)
+        results[mode] = {
+            "out": out.detach()[shown],
+            "input": x.grad[shown],
+            "rows": torch.tensor(rows.pop() * (group.size() if sequence_parallel else 1)),
+            **{name: p.grad.clone() for name, p in layer.named_parameters()},
+        }
+    return results
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("tp_size", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)]
+)
+@pytest.mark.parametrize("case", ["some", "none of the mlp"])
+def test_a_skipped_branch_equals_a_masked_one(
+    tp_size: int, sequence_parallel: bool, case: str
+) -> None:
+    """And it is not computed: the MLP sees the rows of the images that keep it."""
+    scales = all_scales()
+    if case == "none of the mlp":
+        scales[2, 1] = 0.0
+    num_kept = int((scales[2, 1] > 0).sum())
+    assert num_kept < len(IDS)
+    for found in run_ranks(tp_size, _modes, tp_size, sequence_parallel, scales):
+        skip, mask = found["skip"], found["mask"]
+        computed, everything = int(skip.pop("rows")), int(mask.pop("rows"))
+        shares = tp_size if sequence_parallel else 1
+        stands_in = shares  # one row of each rank, where every image is dropped
+        assert everything >= len(IDS) * TOKENS
+        assert computed == -(-(num_kept * TOKENS or stands_in) // shares) * shares
+        for name, truth in mask.items():
+            difference = (skip[name] - truth).norm() / truth.norm().clamp_min(1e-30)
+            # measured 5e-7
+            assert difference < 1e-5, (name, difference)
