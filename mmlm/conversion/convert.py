@@ -4,7 +4,6 @@ The checkpoint holds ``model.<global name>`` in true shapes: 25 heads are 25 hea
 vocabulary has its real size, so that any layout reads it (see `name_map`).
 """
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -21,15 +20,12 @@ from mmlm.checkpoint.manifest import (
     temporary_dir,
 )
 from mmlm.checkpoint.storage import process_group_of_one, save_sharded
-from mmlm.config.schema import ModelConfig
 from mmlm.conversion.assets import write_assets
-from mmlm.conversion.dtypes import DTYPES, DtypeName, dtype_name
-from mmlm.conversion.entry_reader import EntryReader
+from mmlm.conversion.dtypes import DTYPES, DtypeName
 from mmlm.conversion.export import Export
 from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts
+from mmlm.conversion.hf_weights import VOCABULARY_SEED, prepare_weights
 from mmlm.conversion.hf_writer import atomic_folder, check_free_space, refuse_existing
-from mmlm.conversion.name_map import expand
-from mmlm.conversion.vocabulary import plan_vocabulary
 from mmlm.errors import CheckpointError
 from mmlm.log import get_logger
 
@@ -45,7 +41,7 @@ def hf_to_megatron(
     combined: Path | None = None,
     dtype: DtypeName | None = None,
     ps_version: Literal["v1", "v2"] = "v1",
-    seed: int = 42,
+    seed: int = VOCABULARY_SEED,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -78,10 +74,8 @@ def hf_to_megatron(
             f"{output}: holds {later[-1]} of a training; give another folder for converted weights"
         )
     source = _open(vision, llm, projector, combined, ps_version)
-    source.check(expand(source.config.model))
-    plan = plan_vocabulary(source.llm_dir, source.config.model.language.vocab_size)
-    model = _with_vocabulary(source.config.model, plan.new_size)
-    reader = EntryReader(source, expand(model), plan, DTYPES[dtype] if dtype else None, seed)
+    weights = prepare_weights(source, DTYPES[dtype] if dtype else None, seed)
+    reader = weights.reader
     check_free_space(output, reader.num_bytes)
     directory = temporary_dir(output, 0)
     shutil.rmtree(directory, ignore_errors=True)
@@ -94,12 +88,12 @@ def hf_to_megatron(
         Manifest(
             iteration=0,
             consumed_samples=0,
-            dtype=dtype_name(reader.dtypes.values()),
-            model=model,
+            dtype=weights.dtype,
+            model=weights.model,
             run_config=None,
             has_optimizer=False,
         ).write(directory)
-        write_assets(directory / ASSETS_DIR, source, plan)
+        write_assets(directory / ASSETS_DIR, source, weights.vocabulary)
         return publish(directory, output, 0)
     except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
@@ -168,11 +162,6 @@ def _open(
     if vision is None or llm is None:
         raise CheckpointError("give the ViT's and the LLM's folder, or a combined folder")
     return open_parts(vision, llm, projector or vision / PROJECTOR_FILE, ps_version)
-
-
-def _with_vocabulary(model: ModelConfig, vocab_size: int) -> ModelConfig:
-    language = dataclasses.replace(model.language, vocab_size=vocab_size)
-    return dataclasses.replace(model, language=language)
 
 
 def _bar(title: str, num_bytes: int, shown: bool) -> "tqdm[None]":

@@ -8,7 +8,7 @@ shard in memory. See https://huggingface.co/docs/safetensors (format).
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,8 @@ _SAFETENSORS_DTYPES = {
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float32: "F32",
+    torch.float64: "F64",
+    torch.int64: "I64",
 }
 
 
@@ -36,7 +38,7 @@ class TensorSpec:
     shape: Shape
     """Its shape."""
     dtype: torch.dtype
-    """Its element type: bf16, fp16 or fp32."""
+    """Its element type; weights are bf16, fp16 or fp32."""
 
     @property
     def num_bytes(self) -> int:
@@ -81,7 +83,7 @@ def write_weights(
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / name, shard, stream)
+        write_safetensors(folder / name, shard, stream, {"format": "pt"})
         weight_map |= {spec.name: name for spec in shard}
     assert next(stream, None) is None, "more tensors than were announced"
     index = {
@@ -91,10 +93,22 @@ def write_weights(
     write_json(folder / "model.safetensors.index.json", index)
 
 
-def _write_shard(
-    file: Path, specs: Sequence[TensorSpec], tensors: Iterator[tuple[str, Tensor]]
+def write_safetensors(
+    file: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterator[tuple[str, Tensor]],
+    metadata: Mapping[str, str],
 ) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Write one safetensors file.
+
+    Args:
+        file: is replaced.
+        specs: what is written, in order. Wider element types must come first: readers map the file
+            into memory and want every tensor at a multiple of its element's size.
+        tensors: names and tensors on the CPU; as many as there are specs are taken.
+        metadata: goes into the header.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for spec in specs:
         start, end = end, end + spec.num_bytes

@@ -1,16 +1,21 @@
-"""Who says what an iteration contains: a training run, or one pass over a held-out split."""
+"""Who says what an iteration contains: a training run, named samples, or a pass over a split."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from mmlm.config.schema import LossWeight
+from mmlm.data.annotation import IntArray
 from mmlm.data.packing import PackingCost
 from mmlm.data.step_plan import (
     SampleTable,
     StepPlan,
     assemble,
     iterations_per_epoch,
+    samples_of,
     step_plan,
+    token_weights,
 )
 
 
@@ -52,6 +57,16 @@ class TrainPlanner:
         """Iterations that see every usable sample at least once."""
         return iterations_per_epoch(len(self.table.usable), self.global_batch_size)
 
+    def sample_ids(self, iteration: int) -> IntArray:
+        """Return the samples of ``iteration`` in their order, int64 [global_batch_size]."""
+        _, places = samples_of(
+            len(self.table.usable),
+            seed=self.seed,
+            iteration=iteration,
+            global_batch_size=self.global_batch_size,
+        )
+        return self.table.usable[places]
+
     def plan(self, iteration: int) -> StepPlan:
         """Return the plan of ``iteration`` (from 0)."""
         return step_plan(
@@ -64,6 +79,51 @@ class TrainPlanner:
             data_parallel_size=self.data_parallel_size,
             loss_weight=self.loss_weight,
             loss_group_size=self.loss_group_size,
+            microbatch_multiple=self.microbatch_multiple,
+            cost=self.cost,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SelectionPlanner:
+    """Every iteration is one global batch of exactly the named samples."""
+
+    table: SampleTable
+    """Sizes of all samples."""
+    selection: tuple[int, ...]
+    """Ids of usable samples, each once."""
+    seq_length: int
+    """Tokens of a row."""
+    micro_batch_size: int
+    """Rows of a microbatch."""
+    data_parallel_size: int
+    """Ranks that share the batch."""
+    loss_weight: LossWeight = "token"
+    """How the tokens of the batch are weighed."""
+    loss_group_size: int = 8
+    """Samples of a group of ``micro_batch_mean``."""
+    microbatch_multiple: int = 1
+    """The microbatches of a rank are a multiple of this."""
+    cost: PackingCost = field(default_factory=PackingCost)
+    """What levelling evens out."""
+
+    def sample_ids(self, iteration: int) -> IntArray:
+        """Return the selection, int64; the same for every iteration."""
+        return np.array(self.selection, dtype=np.int64)
+
+    def plan(self, iteration: int) -> StepPlan:
+        """Return the plan of ``iteration`` (from 0), of epoch 0."""
+        sample_ids = self.sample_ids(iteration)
+        counts = self.table.num_supervised_tokens[sample_ids]
+        return assemble(
+            self.table,
+            sample_ids,
+            token_weights(sample_ids, counts, self.loss_weight, self.loss_group_size),
+            iteration=iteration,
+            epoch=0,
+            seq_length=self.seq_length,
+            micro_batch_size=self.micro_batch_size,
+            data_parallel_size=self.data_parallel_size,
             microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
         )

@@ -32,7 +32,7 @@ def evaluate_checkpoint(
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: _start(Path(config.checkpoint.load)), topology.control_group)
+    start = on_rank_zero(lambda: start_from(Path(config.checkpoint.load)), topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     check_data(config, start, tokenizer)
     dataset = open_data(config, meta, start.model, tokenizer, topology)
@@ -52,8 +52,7 @@ def settings_of(checkpoint: Path) -> RunConfig:
     checkpoint = resolve(checkpoint)
     manifest = Manifest.read(checkpoint)
     if manifest.run_config is None:
-        dtype: Literal["bf16", "fp32"] = "fp32" if manifest.dtype == "fp32" else "bf16"
-        return RunConfig(train=TrainConfig(dtype=dtype))
+        return default_settings(manifest.dtype)
     try:
         config: RunConfig = from_json(RunConfig, manifest.run_config)
     except ConfigError as error:
@@ -64,7 +63,18 @@ def settings_of(checkpoint: Path) -> RunConfig:
     return replace(config, parallel=ParallelConfig(), data=replace(config.data, tokenizer=""))
 
 
-def _start(path: Path) -> Start:
+def default_settings(stored_dtype: str) -> RunConfig:
+    """The defaults, in the precision of weights that no run has made (bf16, fp16, fp32, mixed)."""
+    dtype: Literal["bf16", "fp32"] = "fp32" if stored_dtype == "fp32" else "bf16"
+    return RunConfig(train=TrainConfig(dtype=dtype))
+
+
+def start_from(path: Path) -> Start:
+    """Begin anew from the weights of a checkpoint, in one process.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be used.
+    """
     checkpoint = resolve(path)
     manifest = Manifest.read(checkpoint)
     return Start(checkpoint=checkpoint, manifest=manifest, resumes=False, model=manifest.model)

@@ -29,6 +29,17 @@ def gather_gradients(
     Returns:
         On rank 0 global name -> fp32 tensor in its true shape; empty on the others.
     """
+    return gather_tensors(gradient_shards(model, topology))
+
+
+def gradient_shards(
+    model: Sequence[DistributedDataParallel], topology: Topology
+) -> list[ShardedTensor]:
+    """This rank's blocks of the final gradients; collective. See `gather_gradients`.
+
+    Returns:
+        Blocks of fp32 tensors under global names; together the ranks hold every element once.
+    """
     for chunk in model:
         _gather_shards(chunk)
     state = model_state([chunk.module for chunk in model], topology.groups, prefix="")
@@ -40,20 +51,21 @@ def gather_gradients(
         if entry.data.requires_grad
     }
     apply_factories(described)
-    return gather_tensors(
-        [
-            shard
-            for shard in nested_values(described)
-            if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
-        ]
-    )
+    return [
+        shard
+        for shard in nested_values(described)
+        if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
+    ]
 
 
-def gather_tensors(shards: list[ShardedTensor]) -> dict[str, Tensor]:
+def gather_tensors(
+    shards: Sequence[ShardedTensor], group: dist.ProcessGroup | None = None
+) -> dict[str, Tensor]:
     """Assemble blocks of global tensors on rank 0; collective.
 
     Args:
         shards: this rank's blocks; together the ranks hold every element once.
+        group: all ranks; blocks travel as objects. The default group when None.
 
     Returns:
         On rank 0 key -> whole tensor on the CPU; empty on the others.
@@ -63,7 +75,7 @@ def gather_tensors(shards: list[ShardedTensor]) -> dict[str, Tensor]:
         for shard in shards
     ]
     everything: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(blocks, everything if dist.get_rank() == 0 else None, dst=0)
+    dist.gather_object(blocks, everything if dist.get_rank() == 0 else None, dst=0, group=group)
     whole: dict[str, Tensor] = {}
     for key, shape, place, block in (item for of_rank in everything for item in of_rank):
         whole.setdefault(key, torch.full(shape, float("nan"), dtype=block.dtype))[place] = block

@@ -16,6 +16,7 @@ from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
 from mmlm.config.load import to_json
 from mmlm.config.schema import ModelConfig, RunConfig
+from mmlm.conversion.hf_weights import load_hf_weights, open_weights
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
@@ -48,6 +49,8 @@ class Start:
     """True: continue that run, optimizer and data order included. False: take the weights."""
     model: ModelConfig
     """Sizes."""
+    hf_dir: Path | None = None
+    """HuggingFace folder that weights are read from directly, where there is no checkpoint."""
 
     @property
     def iteration(self) -> int:
@@ -248,7 +251,9 @@ def build_chunks(
         images_per_token(dataset),
     )
     chunks = build_model(start.model, plan, topology, backend, config.train, config.parallel)
-    if start.checkpoint is None:
+    if start.hf_dir is not None:
+        load_hf_weights(chunks, topology.groups, open_weights(start.hf_dir))
+    elif start.checkpoint is None:
         initialize_weights(chunks, topology.groups, config.train.seed)
     else:
         loaded = load_sharded({"model": model_state(chunks, topology.groups)}, start.checkpoint)

@@ -1,0 +1,119 @@
+"""HuggingFace weights as Megatron's tensors: for a conversion, or straight into a model."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from mmlm.config.schema import ModelConfig
+from mmlm.conversion.dtypes import dtype_name
+from mmlm.conversion.entry_reader import EntryReader
+from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts
+from mmlm.conversion.name_map import MODEL_PREFIX, expand
+from mmlm.conversion.vocabulary import VocabularyPlan, plan_vocabulary
+from mmlm.errors import CheckpointError
+from mmlm.models.internvl_model import InternVLModel
+from mmlm.models.model_provider import fill_weights
+
+VOCABULARY_SEED = 42
+"""Seed of new embedding rows, unless somebody wants another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HFWeights:
+    """Opened and checked weights; a tensor is read when it is asked for."""
+
+    source: HFSource
+    """The files."""
+    model: ModelConfig
+    """Sizes, with rows for the nine added tokens."""
+    vocabulary: VocabularyPlan
+    """What becomes of the vocabulary."""
+    reader: EntryReader
+    """Makes the tensors."""
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        """Folder with ``tokenizer.model``."""
+        return self.source.llm_dir
+
+    @property
+    def dtype(self) -> str:
+        """bf16, fp16 or fp32 when all tensors are the same, otherwise mixed."""
+        return dtype_name(self.reader.dtypes.values())
+
+
+def prepare_weights(
+    source: HFSource, dtype: torch.dtype | None = None, seed: int = VOCABULARY_SEED
+) -> HFWeights:
+    """Check opened files against their own config, and plan the vocabulary.
+
+    Args:
+        source: the files.
+        dtype: of all tensors; None keeps each as it is.
+        seed: of new embedding rows, when the vocabulary has to grow.
+
+    Raises:
+        CheckpointError: for tensors that are missing, stray or of another shape, or a tokenizer
+            that does not belong to them.
+    """
+    sizes = source.config.model
+    source.check(expand(sizes))
+    vocabulary = plan_vocabulary(source.llm_dir, sizes.language.vocab_size)
+    language = dataclasses.replace(sizes.language, vocab_size=vocabulary.new_size)
+    model = dataclasses.replace(sizes, language=language)
+    return HFWeights(
+        source=source,
+        model=model,
+        vocabulary=vocabulary,
+        reader=EntryReader(source, expand(model), vocabulary, dtype, seed),
+    )
+
+
+def open_weights(folder: Path) -> HFWeights:
+    """Open a combined InternVL-Chat folder, or a folder of the published parts.
+
+    Args:
+        folder: with ``config.json`` of the combined model; or with ``vision/`` (the projector at
+            its published place in it) and ``llm/``, as ``megatron_to_hf.py --parts`` writes them.
+
+    Raises:
+        ConfigError: for a ``config.json`` that is unsupported.
+        CheckpointError: for weights that are missing, damaged or do not fit the config.
+    """
+    vision, llm = folder / "vision", folder / "llm"
+    if (folder / "config.json").is_file():
+        return prepare_weights(open_combined(folder))
+    if vision.is_dir() and llm.is_dir():
+        return prepare_weights(open_parts(vision, llm, vision / PROJECTOR_FILE))
+    found = "has neither config.json nor vision/ and llm/" if folder.is_dir() else "does not exist"
+    raise CheckpointError(
+        f"{folder}: {found}; give a combined InternVL-Chat folder, or one that holds the ViT as "
+        "vision/ and the LLM as llm/"
+    )
+
+
+def load_hf_weights(
+    chunks: Sequence[InternVLModel], groups: ProcessGroupCollection, weights: HFWeights
+) -> None:
+    """Fill a model straight from HuggingFace's files; every rank reads only what it holds.
+
+    One whole tensor is in memory at a time.
+
+    Args:
+        chunks: this rank's model.
+        groups: its process groups.
+        weights: of the model's sizes.
+    """
+
+    # a parameter that is laid out anew (gate and up, q, k and v) asks for its tensor piece by piece
+    @lru_cache(maxsize=1)
+    def whole(name: str) -> Tensor:
+        return weights.reader.read(MODEL_PREFIX + name)
+
+    fill_weights(chunks, groups, lambda name, shape: whole(name))
