@@ -174,13 +174,7 @@ def load_weights(
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict:
     """What megatron-core's ``sharded_state_dict`` methods want to be told."""
-    return {
-        "dp_cp_group": groups.dp_cp,
-        "non_homogeneous_layers": True,
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,
-        "chained_optim_avoid_prefix": True,
-    }
+    return {"dp_cp_group": groups.dp_cp, "non_homogeneous_layers": True}
 
 
 @torch.no_grad()

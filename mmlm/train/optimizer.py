@@ -15,24 +15,38 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mmlm.config.schema import OptimizerConfig
+from mmlm.config.schema import OptimizerConfig, ParallelConfig
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.parallel.topology import Topology
 
 
-def wrap_ddp(chunks: Sequence[InternVLModel], topology: Topology) -> list[DistributedDataParallel]:
+def wrap_ddp(
+    chunks: Sequence[InternVLModel], topology: Topology, parallel: ParallelConfig | None = None
+) -> list[DistributedDataParallel]:
     """Give each chunk fp32 gradient buffers that are summed (never averaged) over the DP ranks.
 
     Every token carries its final weight, so gradients are plain sums over microbatches and ranks:
     megatron-core is told not to divide by a token count.
+
+    Args:
+        chunks: this rank's model.
+        topology: its place.
+        parallel: whether reduction and gathering overlap with computation; neither when None.
+
+    Returns:
+        The wrapped chunks. With ``overlap_param_gather`` a rank holds only its own part of the
+        updated weights until the next forward pass: call `gather_parameters` before reading them.
     """
-    for chunk in chunks:
-        chunk.config.finalize_model_grads_func = _sum_gradients
-    return [
+    parallel = parallel or ParallelConfig()
+    model = [
         DistributedDataParallel(
             config=chunk.config,
             ddp_config=DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True, use_distributed_optimizer=True
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                bucket_size=parallel.ddp_bucket_size,
             ),
             module=chunk,
             disable_bucketing=index > 0,
@@ -40,6 +54,23 @@ def wrap_ddp(chunks: Sequence[InternVLModel], topology: Topology) -> list[Distri
         )
         for index, chunk in enumerate(chunks)
     ]
+    for chunk in chunks:
+        chunk.config.finalize_model_grads_func = _sum_gradients
+        if parallel.overlap_grad_reduce:
+            # gradients of all but the last microbatch are only accumulated
+            no_sync = [wrapped.no_sync for wrapped in model]
+            chunk.config.no_sync_func = no_sync if len(model) > 1 else no_sync[0]
+    return model
+
+
+def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
+    """Make the weights of all DP ranks whole after an optimizer step; collective.
+
+    Without ``overlap_param_gather`` they already are, and nothing is sent.
+    """
+    for chunk in model:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _sum_gradients(
@@ -73,6 +104,7 @@ def make_optimizer(
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
         use_distributed_optimizer=True,
+        overlap_param_gather=any(chunk.ddp_config.overlap_param_gather for chunk in model),
     )
     no_decay = ParamKey(
         with_name_predicate=ParamWithNamePredicate(

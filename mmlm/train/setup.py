@@ -28,7 +28,6 @@ from mmlm.models.model_provider import (
     initialize_weights,
     load_weights,
     model_state,
-    sharding_metadata,
 )
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
@@ -272,12 +271,18 @@ def build_training(
     """Build model, optimizer and schedule, and resume them where the run does; collective."""
     plan, chunks = build_chunks(config, start, topology, backend, dataset)
     dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    model = wrap_ddp(chunks, topology)
+    model = wrap_ddp(chunks, topology, config.parallel)
     optimizer = make_optimizer(model, config.optimizer, dtype)
     if start.resumes and start.checkpoint is not None:
         state = training_state_dict(chunks, optimizer, topology, is_loading=True)
         loaded = load_sharded({"optimizer": state["optimizer"]}, start.checkpoint)
-        load_optimizer_state(optimizer, loaded.get("optimizer", {}), start.iteration)
+        load_optimizer_state(
+            optimizer,
+            loaded.get("optimizer", {}),
+            state["model"],
+            topology.dp_gloo_group,
+            start.iteration,
+        )
     scheduler = make_scheduler(optimizer, config.optimizer, train_iters, start.iteration)
     return TrainingState(model=model, optimizer=optimizer, scheduler=scheduler, plan=plan)
 
@@ -296,7 +301,6 @@ def training_state_dict(
         "optimizer": optimizer_sharded_state(
             optimizer,
             model,
-            sharding_metadata(topology.groups),
             topology.dp_gloo_group,
             is_loading=is_loading,
         ),

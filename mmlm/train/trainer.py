@@ -21,6 +21,7 @@ from mmlm.parallel.topology import Topology
 from mmlm.train.evaluate import evaluate
 from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
 from mmlm.train.metrics import MetricsLog
+from mmlm.train.optimizer import gather_parameters
 from mmlm.train.setup import (
     Start,
     TrainingState,
@@ -176,10 +177,14 @@ def _forward_step(run: Run, iteration: int) -> ForwardStep:
 def _save_and_evaluate(run: Run, metrics: MetricsLog, done: int) -> None:
     """Do what is due after ``done`` iterations; collective."""
     config = run.config
-    if _due(done, config.checkpoint.save_interval) or done == run.train_iters:
+    saves = _due(done, config.checkpoint.save_interval) or done == run.train_iters
+    evaluates = run.held_out is not None and _due(done, config.train.eval_interval)
+    if saves or evaluates:
+        gather_parameters(run.state.model)
+    if saves:
         metrics.say(f"saved {save(run, done)}")
         metrics.restart_clock()
-    if run.held_out is not None and _due(done, config.train.eval_interval):
+    if run.held_out is not None and evaluates:
         report = evaluate(
             run.state.model,
             config,

@@ -67,6 +67,7 @@ def config(
     pp: int = 1,
     vpp: int | None = None,
     sp: bool = False,
+    overlap: bool = False,
     **train: Any,
 ) -> RunConfig:
     return RunConfig(
@@ -76,6 +77,9 @@ def config(
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
             sequence_parallel=sp,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap,
+            ddp_bucket_size=4000 if overlap else None,
         ),
         data=DataConfig(
             meta=str(world / "playground" / "meta.json"), seq_length=128, num_workers=1
@@ -144,6 +148,7 @@ def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
         ({}, 1),
         ({"pp": 3}, 1),
         ({"tp": 2}, 2),
+        ({"overlap": True}, 2),
         ({"tp": 2, "pp": 2, "vpp": 2, "sp": True}, 1),
     ],
     ids=str,

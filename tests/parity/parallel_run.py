@@ -34,7 +34,7 @@ from mmlm.parallel.stage_plan import make_stage_plan
 from mmlm.parallel.topology import Topology, initialize
 from mmlm.train.forward_step import DropPath, training_forward_step
 from mmlm.train.gradients import gather_gradients, gather_tensors
-from mmlm.train.optimizer import make_optimizer, make_scheduler, wrap_ddp
+from mmlm.train.optimizer import gather_parameters, make_optimizer, make_scheduler, wrap_ddp
 from mmlm.train.train_step import forward_backward, train_step
 
 
@@ -53,13 +53,15 @@ class Layout:
     sp: bool = False
     packed: bool = True
     """False: every row is one sample, as the reference computes it."""
+    overlap: bool = False
+    """Overlap gradient reduction and weight gathering with computation, in small buckets."""
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}" + "-SP" * self.sp
+        name = f"TP{self.tp}-PP{self.pp}-DP{self.dp}" + "-SP" * self.sp + "-OV" * self.overlap
         if self.vpp:
             name += f"-VPP{self.vpp}"
         if self.pipeline_layout != "auto":
@@ -208,6 +210,9 @@ def train_parallel(
         pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp,
         sequence_parallel=layout.sp,
+        overlap_grad_reduce=layout.overlap,
+        overlap_param_gather=layout.overlap,
+        ddp_bucket_size=4000 if layout.overlap else None,
     )
     topology = initialize(parallel)
     config = ModelConfig(
@@ -221,7 +226,7 @@ def train_parallel(
     source = megatron_weights(config, weights)
     fill_weights(chunks, topology.groups, lambda name, shape: source[name])
     dtype = torch.bfloat16 if train.dtype == "bf16" else torch.float32
-    model = wrap_ddp(chunks, topology)
+    model = wrap_ddp(chunks, topology, parallel)
     optimizer = make_optimizer(model, optimizer_config, dtype)
     scheduler = make_scheduler(optimizer, optimizer_config, max(num_iterations, 1))
 
@@ -243,6 +248,7 @@ def train_parallel(
     for iteration in range(num_iterations):
         step, batches = inputs(iteration)
         results.append(train_step(model, optimizer, scheduler, step, batches, topology))
+    gather_parameters(model)
     final = gather_tensors(main_shards(chunks, topology))
     zero = torch.tensor(float(_padding_is_zero(chunks)))
     torch.distributed.all_reduce(zero, op=torch.distributed.ReduceOp.MIN)

@@ -46,6 +46,9 @@ LAYOUTS = [
     Layout(pp=2, vpp=3, pipeline_layout="v|v|vpE|t|t|tL"),
     Layout(tp=2, pp=2, vpp=2, sp=True, pipeline_layout="vv|vpEt|tt|L"),
     Layout(pp=2, dp=2, vpp=2, packed=False),
+    Layout(dp=2, overlap=True),
+    Layout(tp=2, pp=2, dp=2, sp=True, overlap=True, pipeline_layout="vv|vpEtttL"),
+    Layout(pp=2, dp=2, vpp=2, overlap=True, pipeline_layout="v|vv|pEtt|tL"),
 ]
 
 
@@ -111,6 +114,8 @@ def test_drop_path_is_the_same_in_every_layout(layout: Layout) -> None:
         # one picture in ten samples: most microbatches, and one DP rank, have none
         ((1, *[0] * 9), Layout(pp=2, dp=2, packed=False, pipeline_layout="vv|vpEtttL")),
         ((1, *[0] * 9), Layout(tp=2, dp=2)),
+        ((1, *[0] * 9), Layout(tp=2, dp=2, sp=True, overlap=True)),
+        ((1, *[0] * 9), Layout(dp=2, packed=False, overlap=True)),
     ],
     ids=str,
 )

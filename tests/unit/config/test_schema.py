@@ -76,6 +76,21 @@ def test_fields_cannot_be_overwritten() -> None:
             {"pipeline_model_parallel_size": -1},
             "parallel: pipeline_model_parallel_size -1 must be at least 1",
         ),
+        (
+            ParallelConfig,
+            {"overlap_param_gather": True},
+            "parallel: overlap_param_gather needs overlap_grad_reduce",
+        ),
+        (
+            ParallelConfig,
+            {"ddp_bucket_size": 1000},
+            "parallel: ddp_bucket_size 1000 must be at least 1, and needs overlap_grad_reduce",
+        ),
+        (
+            TrainConfig,
+            {"vision_drop_path_mode": "keep"},
+            "train: vision_drop_path_mode 'keep' must be skip or mask",
+        ),
         (DataConfig, {"seq_length": 7}, "data: seq_length 7 must be at least 8"),
         (DataConfig, {"policy": "zero"}, "data: policy 'zero' must be strict or skip"),
         (DataConfig, {"num_workers": 0}, "data: num_workers 0 must be at least 1"),

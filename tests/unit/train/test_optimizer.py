@@ -166,3 +166,22 @@ def test_rule_by_name(rule: str) -> None:
     for name in BIASES | OTHER_NORMS | TOWER_VECTORS:
         assert decays(rule, name, 1) is (name not in KEPT[rule]), name
     assert decays(rule, "language_model.output_layer.weight", 2)
+
+
+def _buckets(parallel: ParallelConfig) -> tuple[int, bool]:
+    place = topology.initialize(parallel)
+    plan = make_stage_plan(tiny(), 1)
+    chunks = build_model(tiny(), plan, place, resolve_backend(BackendConfig()), TrainConfig())
+    (chunk,) = wrap_ddp(chunks, place, parallel)
+    return len(chunk.bucket_groups), chunk.ddp_config.overlap_param_gather
+
+
+@pytest.mark.distributed
+def test_overlap_cuts_gradients_into_buckets() -> None:
+    """Without several buckets nothing could overlap."""
+    assert run_ranks(1, _buckets, ParallelConfig())[0] == (1, False)
+    overlap = ParallelConfig(
+        overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000
+    )
+    groups, gathers = run_ranks(1, _buckets, overlap)[0]
+    assert groups > 3 and gathers
