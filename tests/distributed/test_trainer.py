@@ -28,7 +28,7 @@ from mmlm.data.dataset import open_dataset
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import ConfigError
-from mmlm.models.model_provider import build_model, initialize_weights
+from mmlm.models.model_provider import build_model, initialize_weights, model_state
 from mmlm.parallel import topology
 from mmlm.parallel.backend import resolve_backend
 from mmlm.parallel.stage_plan import make_stage_plan
@@ -317,7 +317,7 @@ def fresh_weights_rank(run: RunConfig) -> dict[str, torch.Tensor]:
     plan = make_stage_plan(run.model, place.pp_size)
     chunks = build_model(run.model, plan, place, resolve_backend(BackendConfig()), run.train)
     initialize_weights(chunks, place.groups, seed=3)
-    return gather_tensors(main_shards(chunks, place))
+    return gather_tensors(main_shards(model_state(chunks, place.groups, prefix="")))
 
 
 @pytest.mark.distributed

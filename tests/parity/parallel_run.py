@@ -11,9 +11,15 @@ import numpy as np
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedStateDict,
+    apply_factories,
+    is_main_replica,
+)
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from mmlm.checkpoint.optimizer_state import optimizer_sharded_state
 from mmlm.config.schema import (
     BackendConfig,
     ModelConfig,
@@ -80,7 +86,7 @@ class ParallelRun:
     gradients: dict[str, Tensor]
     """Of the first iteration, before clipping."""
     weights: dict[str, Tensor]
-    """After the last iteration."""
+    """After the last iteration; with bf16 the fp32 main weights."""
     padding_is_zero: bool
     """Whether every padding head on every rank is still bitwise zero."""
 
@@ -249,7 +255,9 @@ def train_parallel(
         step, batches = inputs(iteration)
         results.append(train_step(model, optimizer, scheduler, step, batches, topology))
     gather_parameters(model)
-    final = gather_tensors(main_shards(chunks, topology))
+    final = gather_tensors(main_shards(model_state(chunks, topology.groups, prefix="")))
+    if train.dtype == "bf16":
+        final |= main_weights(optimizer, chunks, topology)
     zero = torch.tensor(float(_padding_is_zero(chunks)))
     torch.distributed.all_reduce(zero, op=torch.distributed.ReduceOp.MIN)
     if topology.rank:
@@ -264,15 +272,25 @@ def train_parallel(
     )
 
 
-def main_shards(chunks: Sequence[InternVLModel], topology: Topology) -> list[ShardedTensor]:
-    """This rank's blocks of the weights; each element of the model is in one rank's list."""
-    state = model_state(chunks, topology.groups, prefix="")
+def main_shards(state: ShardedStateDict) -> list[ShardedTensor]:
+    """This rank's blocks of a state; each element of the model is in one rank's list."""
     apply_factories(state)
     return [
         shard
         for shard in nested_values(state)
         if isinstance(shard, ShardedTensor) and is_main_replica(shard.replica_id)
     ]
+
+
+def main_weights(
+    optimizer: MegatronOptimizer, chunks: Sequence[InternVLModel], topology: Topology
+) -> dict[str, Tensor]:
+    """The optimizer's fp32 weights, which the bf16 ones are rounded from; collective."""
+    state = optimizer_sharded_state(
+        optimizer, model_state(chunks, topology.groups), topology.dp_gloo_group
+    )
+    found = gather_tensors(main_shards({key: tensors["param"] for key, tensors in state.items()}))
+    return {key.removeprefix("optimizer.state.param.model."): found[key] for key in found}
 
 
 def _padding_is_zero(chunks: Sequence[InternVLModel]) -> bool:

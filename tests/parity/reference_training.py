@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional
 
 from tests.parity.reference_model import DropPath, ReferenceInternVL
@@ -69,29 +70,40 @@ def token_losses(
     sample: SampleLike,
     img_context_token_id: int,
     drop_path: DropPath | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Cross entropies, fp32, of the supervised tokens of one sample: `[supervised tokens]`."""
-    dtype = model.language_model.lm_head.weight.dtype
-    logits = model(
-        sample.input_ids,
-        sample.pixel_values.to(dtype),
-        torch.as_tensor(sample.image_ids, dtype=torch.int64),
-        img_context_token_id,
-        drop_path,
+    """Cross entropies, fp32, of the supervised tokens of one sample: `[supervised tokens]`.
+
+    `compute_dtype` runs the model on weights cast to it, as mixed precision does; the gradients of
+    the samples then add up in the weights' own dtype.
+    """
+    dtype = compute_dtype or model.language_model.lm_head.weight.dtype
+    logits = functional_call(
+        model,
+        {name: tensor.to(dtype) for name, tensor in model.named_parameters()},
+        (
+            sample.input_ids,
+            sample.pixel_values.to(dtype),
+            torch.as_tensor(sample.image_ids, dtype=torch.int64),
+            img_context_token_id,
+            drop_path,
+        ),
     )
     supervised = sample.labels != IGNORED
     wide = logits[supervised].to(torch.promote_types(dtype, torch.float32))
     return functional.cross_entropy(wide, sample.labels[supervised], reduction="none")
 
 
-def average(losses: Sequence[Tensor], weight: str) -> Tensor:
+def average(losses: Sequence[Tensor], weight: str, group_size: int = 8) -> Tensor:
     """The loss of an iteration from the token losses of each of its samples.
 
     Args:
         losses: one `[supervised tokens]` a sample; samples without any take no part.
         weight: "token": mean over all supervised tokens; "sample": mean over the samples of their
             means; "square": every token of a sample with m supervised tokens weighs 1 / sqrt(m),
-            divided by the sum of all these weights.
+            divided by the sum of all these weights; "micro_batch_mean": the published trainer's
+            own, mean over groups of samples, in order, of the mean over the tokens of a group.
+        group_size: samples in a group of "micro_batch_mean".
 
     Returns:
         The loss, a scalar; 0 where nothing is supervised.
@@ -106,7 +118,11 @@ def average(losses: Sequence[Tensor], weight: str) -> Tensor:
     if weight == "square":
         weighted = torch.stack([each.sum() / math.sqrt(len(each)) for each in supervised]).sum()
         return weighted / sum(len(each) / math.sqrt(len(each)) for each in supervised)
-    raise ValueError(f"loss weight '{weight}' must be token, sample or square")
+    if weight == "micro_batch_mean":
+        starts = range(0, len(losses), group_size)
+        groups = [torch.cat(list(losses[start : start + group_size])) for start in starts]
+        return torch.stack([group.mean() for group in groups]).mean()
+    raise ValueError(f"loss weight '{weight}' must be token, sample, square or micro_batch_mean")
 
 
 def iteration_loss(
@@ -116,10 +132,15 @@ def iteration_loss(
     *,
     img_context_token_id: int,
     drop_path: DropPath | None = None,
+    compute_dtype: torch.dtype | None = None,
+    group_size: int = 8,
 ) -> Tensor:
     """The loss of one global batch; see `average` for the weights."""
-    losses = [token_losses(model, each, img_context_token_id, drop_path) for each in samples]
-    return average(losses, weight)
+    losses = [
+        token_losses(model, each, img_context_token_id, drop_path, compute_dtype)
+        for each in samples
+    ]
+    return average(losses, weight, group_size)
 
 
 def cosine_learning_rates(
@@ -161,6 +182,8 @@ def train(
     weight_decay: float | Callable[[str], float] = 0.05,
     clip: float = 1.0,
     drop_path: Callable[[int], DropPath | None] | None = None,
+    compute_dtype: torch.dtype | None = None,
+    group_size: int = 8,
 ) -> TrainingRun:
     """Trains `model` in place with `torch.optim.AdamW`, one optimizer step an iteration.
 
@@ -178,6 +201,9 @@ def train(
         weight_decay: decoupled; one number for every parameter, or a function of its name.
         clip: largest global gradient norm.
         drop_path: iteration from 0 -> `DropPath`.
+        compute_dtype: of weights and activations in the forward and backward pass; the optimizer
+            works on the model's own. None: the model's own everywhere.
+        group_size: see `average`.
 
     Returns:
         Loss, norm before clipping and rate of each iteration; final weights by HuggingFace name.
@@ -196,6 +222,8 @@ def train(
             weight,
             img_context_token_id=img_context_token_id,
             drop_path=drop_path(iteration) if drop_path else None,
+            compute_dtype=compute_dtype,
+            group_size=group_size,
         )
         loss.backward()
         gradients = [p.grad for p in trainable.values() if p.grad is not None]

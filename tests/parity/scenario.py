@@ -31,6 +31,13 @@ NUM_SAMPLES = 10
 GLOBAL_BATCH_SIZE = 6
 SEED = 5
 
+PREFIXES = {
+    "vision_model": "vision_model.",
+    "vision_projection": "mlp1.",
+    "language_model": "language_model.",
+}
+"""Names of the parts: Megatron's and HuggingFace's."""
+
 # with Adam's usual epsilon of 1e-8, a gradient of 1e-9 that is nothing but rounding moves a weight
 OPTIMIZER = OptimizerConfig(lr=1e-2, lr_warmup_fraction=0.3, adam_eps=1e-4)
 
@@ -49,6 +56,12 @@ class Scenario:
     language_heads: tuple[int, int] = (4, 2)
     """Query heads and key/value heads of the decoder."""
     num_iterations: int = 3
+    group_size: int = 4
+    """Samples in a group of the weight "micro_batch_mean"."""
+    frozen: str = ""
+    """The part that is not trained, in Megatron's words."""
+    dtype: str = "fp32"
+    """bf16: computed in bf16, from weights that bf16 holds exactly."""
 
     def config(self) -> dict[str, Any]:
         """Sizes in HuggingFace's words."""
@@ -58,17 +71,24 @@ class Scenario:
 
     def model(self) -> ReferenceInternVL:
         """The plain model with its random weights."""
-        return tiny_model(ps_version=self.ps_version, llm_config=self.config()["llm_config"])
+        model = tiny_model(ps_version=self.ps_version, llm_config=self.config()["llm_config"])
+        for name, parameter in model.named_parameters():
+            if self.dtype == "bf16":
+                parameter.data = parameter.data.bfloat16().float()
+            parameter.requires_grad_(not (self.frozen and name.startswith(PREFIXES[self.frozen])))
+        return model
 
     def train_config(self, **changes: Any) -> TrainConfig:
         """Settings of the parallel run."""
         return TrainConfig(
             **{
                 "global_batch_size": GLOBAL_BATCH_SIZE,
-                "dtype": "fp32",
+                "dtype": self.dtype,
                 "vision_drop_path_rate": self.drop_path,
                 "loss_weight": self.weight,
+                "loss_group_size": self.group_size,
                 "seed": SEED,
+                **({f"freeze_{self.frozen}": True} if self.frozen else {}),
                 **changes,
             }
         )
@@ -78,7 +98,7 @@ class Scenario:
 
         Args:
             layout: how the model and the batch are cut.
-            **changes: fields of the TrainConfig, e.g. ``dtype="bf16"``.
+            **changes: fields of the TrainConfig, e.g. ``recompute_vision_model="full"``.
         """
         return run_ranks(
             layout.world_size,
@@ -140,7 +160,9 @@ def reference_batches(scenario: Scenario) -> tuple[tuple[ReferenceSample, ...], 
 
 
 @cache
-def reference_gradients(scenario: Scenario) -> dict[str, Tensor]:
+def reference_gradients(
+    scenario: Scenario, compute_dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
     """Gradients of the first iteration by autograd; zero where nothing was used."""
     model, drop_path = scenario.model(), _drop_path(scenario)
     loss = iteration_loss(
@@ -149,17 +171,20 @@ def reference_gradients(scenario: Scenario) -> dict[str, Tensor]:
         scenario.weight,
         img_context_token_id=CONTEXT,
         drop_path=drop_path(0) if drop_path else None,
+        compute_dtype=compute_dtype,
+        group_size=scenario.group_size,
     )
     loss.backward()
     return {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 
 @cache
-def reference_run(scenario: Scenario) -> TrainingRun:
-    """A few steps of torch's AdamW."""
+def reference_run(scenario: Scenario, compute_dtype: torch.dtype | None = None) -> TrainingRun:
+    """A few steps of torch's AdamW; in the weights' own fp32 unless another type is given."""
     return train(
         scenario.model(),
         reference_batches(scenario),
@@ -170,6 +195,60 @@ def reference_run(scenario: Scenario) -> TrainingRun:
         weight_decay=OPTIMIZER.weight_decay,
         clip=OPTIMIZER.clip_grad,
         drop_path=_drop_path(scenario),
+        compute_dtype=compute_dtype,
+        group_size=scenario.group_size,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Largest relative errors of a training, and the tensors they belong to."""
+
+    loss: float
+    """Of the first iteration."""
+    losses: float
+    """Of any iteration."""
+    gradient: float
+    """Of the first iteration's gradients, of any tensor."""
+    gradient_name: str
+    weight: float
+    """After the last iteration, of any tensor."""
+    weight_name: str
+
+
+def errors_of(scenario: Scenario, found: ParallelRun) -> Errors:
+    """Compare a parallel run with the plain fp32 one."""
+    return _errors(scenario, found.losses, found.gradients, found.weights)
+
+
+@cache
+def plain_bf16_errors(scenario: Scenario) -> Errors:
+    """How far plain PyTorch in bf16, in one process, is from plain PyTorch in fp32."""
+    found = reference_run(scenario, torch.bfloat16)
+    gradients = reference_gradients(scenario, torch.bfloat16)
+    return _errors(scenario, found.losses, gradients, found.weights)
+
+
+def _errors(
+    scenario: Scenario,
+    losses: list[float],
+    gradients: dict[str, Tensor],
+    weights: dict[str, Tensor],
+) -> Errors:
+    truth = reference_run(scenario)
+    of_losses = [
+        abs(value - wanted) / abs(wanted)
+        for value, wanted in zip(losses, truth.losses, strict=True)
+    ]
+    gradient, gradient_name = worst(gradients, reference_gradients(scenario))
+    weight, weight_name = worst(weights, truth.weights)
+    return Errors(
+        loss=of_losses[0],
+        losses=max(of_losses),
+        gradient=gradient,
+        gradient_name=gradient_name,
+        weight=weight,
+        weight_name=weight_name,
     )
 
 
@@ -183,9 +262,3 @@ def worst(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, s
     """The largest error of all tensors and the name it belongs to."""
     assert values.keys() == truth.keys()
     return max((error(values[name], truth[name]), name) for name in truth)
-
-
-def worst_loss(found: ParallelRun, truth: TrainingRun) -> float:
-    """The largest error of the losses of all iterations."""
-    pairs = zip(found.losses, truth.losses, strict=True)
-    return max(abs(value - wanted) / abs(wanted) for value, wanted in pairs)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from tests.parity.parallel_run import Layout, ParallelRun
-from tests.parity.reference_training import TrainingRun, token_losses
+from tests.parity.reference_training import TrainingRun
 from tests.parity.scenario import (
+    PREFIXES,
     Scenario,
-    reference_batches,
+    errors_of,
+    plain_bf16_errors,
     reference_gradients,
     reference_run,
     worst,
@@ -78,17 +80,14 @@ def test_loss_weights_equal_their_definitions(weight: str) -> None:
 
 
 @pytest.mark.distributed
-def test_micro_batch_mean_is_the_published_arithmetic() -> None:
+@pytest.mark.parametrize("layout", [Layout(), Layout(dp=2, micro_batch_size=2)], ids=str)
+def test_micro_batch_mean_is_the_published_arithmetic(layout: Layout) -> None:
     """Mean over micro-batches (here 4 and 2 samples, in order) of the mean over their tokens."""
-    model, batch = PLAIN.model(), reference_batches(PLAIN)[0]
-    losses = [token_losses(model, sample, CONTEXT) for sample in batch]
-    loss = (torch.cat(losses[:4]).mean() + torch.cat(losses[4:]).mean()) / 2
-    loss.backward()
-    truth = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for layout in (Layout(), Layout(dp=2, micro_batch_size=2)):
-        found = PLAIN.run(layout, loss_weight="micro_batch_mean", loss_group_size=4)
-        assert found.losses[0] == pytest.approx(loss.item(), rel=LOSS_TOLERANCE)
-        assert worst(found.gradients, truth) < (GRADIENT_TOLERANCE, "")
+    scenario = Scenario(weight="micro_batch_mean")
+    found = scenario.run(layout)
+    assert worst(found.gradients, reference_gradients(scenario)) < (GRADIENT_TOLERANCE, "")
+    check_steps(found, reference_run(scenario))
+    assert found.losses[0] != pytest.approx(reference_run(PLAIN).losses[0], rel=LOSS_TOLERANCE)
 
 
 @pytest.mark.distributed
@@ -156,31 +155,39 @@ def test_recompute_changes_nothing(layout: Layout, recompute: str) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("frozen", ["vision_model", "vision_projection", "language_model"])
-def test_frozen_part_stays_and_the_rest_trains(frozen: str) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("frozen", list(PREFIXES))
+def test_frozen_part_stays_and_the_rest_trains(frozen: str, overlap: bool) -> None:
     # the cut leaves whole stages without a trainable parameter
-    layout = Layout(pp=3, pipeline_layout="vv|vp|EtttL")
-    found = PLAIN.run(layout, **{f"freeze_{frozen}": True})
-    prefix = {
-        "vision_model": "vision_model.",
-        "vision_projection": "mlp1.",
-        "language_model": "language_model.",
-    }[frozen]
-    truth = {
-        name: gradient
-        for name, gradient in reference_gradients(PLAIN).items()
-        if not name.startswith(prefix)
-    }
-    assert worst(found.gradients, truth) < (GRADIENT_TOLERANCE, "")
-    before = PLAIN.model().state_dict()
+    layout = Layout(pp=3, pipeline_layout="vv|vp|EtttL", dp=1 + overlap, overlap=overlap)
+    scenario = Scenario(frozen=frozen)
+    found = scenario.run(layout)
+    assert worst(found.gradients, reference_gradients(scenario)) < (GRADIENT_TOLERANCE, "")
+    check_steps(found, reference_run(scenario))
+    before = scenario.model().state_dict()
     for name, tensor in found.weights.items():
-        assert torch.equal(tensor, before[name]) == name.startswith(prefix), name
+        assert torch.equal(tensor, before[name]) == name.startswith(PREFIXES[frozen]), name
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [Layout(tp=2), Layout(tp=2, pp=2, dp=2)], ids=str)
-def test_bf16_is_close_and_keeps_padding_zero(layout: Layout) -> None:
-    found = PLAIN.run(layout, dtype="bf16")
-    # measured: 4e-3 on the loss; a bf16 weight has 8 bits
-    assert found.losses == pytest.approx(reference_run(PLAIN).losses, rel=2e-2)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(tp=2),
+        Layout(tp=2, pp=2, dp=2, overlap=True),
+        Layout(tp=2, pp=2, vpp=2, sp=True, pipeline_layout="vv|vpEt|tt|L"),
+    ],
+    ids=str,
+)
+def test_bf16_is_as_close_as_plain_bf16(layout: Layout) -> None:
+    """Not further from fp32 than twice what plain PyTorch in bf16 is, in one process.
+
+    Rounding is noise, so the loss is judged by the largest error of twelve iterations. Measured
+    against plain bf16: loss 1.0 and 0.8 times, gradient 0.8, weights 1.4 (benchmarks/results).
+    """
+    scenario = Scenario(dtype="bf16", num_iterations=12)
+    found = scenario.run(layout)
     assert found.padding_is_zero
+    errors, plain = errors_of(scenario, found), plain_bf16_errors(scenario)
+    for name in ("losses", "gradient", "weight"):
+        assert getattr(errors, name) <= 2 * getattr(plain, name), (name, errors, plain)

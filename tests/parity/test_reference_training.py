@@ -65,7 +65,7 @@ def test_nothing_supervised_is_zero_and_not_nan() -> None:
 
 
 def test_unknown_weight_is_refused() -> None:
-    with pytest.raises(ValueError, match="must be token, sample or square"):
+    with pytest.raises(ValueError, match="must be token, sample, square or micro_batch_mean"):
         average([torch.ones(1)], "median")
 
 
