@@ -21,12 +21,16 @@ def finetune() -> RunConfig:
     """The published fine-tune on the nine sets: 40 B parameters trained on 32 or 64 GPUs.
 
     TP 4 and PP 2 leave DP 4 on 32 GPUs and DP 8 on 64; the global batch is 512 samples on both.
-    Sequence parallelism shares the activations between the TP ranks and changes no number.
+    Sequence parallelism and the overlap of communication with computation change no number.
     """
     return RunConfig(
         output_dir="work_dirs/internvl_chat_v1_2",
         parallel=ParallelConfig(
-            tensor_model_parallel_size=4, pipeline_model_parallel_size=2, sequence_parallel=True
+            tensor_model_parallel_size=4,
+            pipeline_model_parallel_size=2,
+            sequence_parallel=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
         ),
         data=DataConfig(
             meta="examples/internvl_v1_2/data/internvl_1_2_finetune.json",

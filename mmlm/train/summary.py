@@ -73,7 +73,7 @@ def describe_run(
         f"{optimizer.adam_beta2:g}, weight decay {optimizer.weight_decay:g} ({optimizer.decay}), "
         f"clip {optimizer.clip_grad:g}",
         f"loss        weight '{config.train.loss_weight}', vision drop path "
-        f"{config.train.vision_drop_path_rate:g}",
+        f"{config.train.vision_drop_path_rate:g} ({config.train.vision_drop_path_mode})",
         f"output      {config.output_dir}",
         "",
     ]
@@ -90,6 +90,9 @@ def _layout_lines(
         more += f", VPP {parallel.virtual_pipeline_model_parallel_size}"
     if parallel.uses_sequence_parallel:
         more += ", sequence parallel"
+    if parallel.overlap_grad_reduce:
+        gathers = " and parameter gather" if parallel.overlap_param_gather else ""
+        more += f", gradient reduction{gathers} overlapped"
     lines = [f"layout      {topology}{more}", f"            {plan.layout}"]
     for index, (chunk, stage) in enumerate(zip(plan.chunks, counts, strict=True)):
         parts = ", ".join(f"{part} {count:,}" for part, count in stage.items() if count)
