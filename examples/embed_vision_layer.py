@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mmlm.config.schema import BackendConfig, ParallelConfig, VisionConfig
+from mmlm.config.model import VisionConfig
+from mmlm.config.schema import BackendConfig, ParallelConfig
 from mmlm.layers.head_partition import HeadPartition
 from mmlm.layers.vision_layer import PackedImages
 from mmlm.models.layer_specs import vision_layer_spec

@@ -25,3 +25,18 @@ class DataError(MmlmError):
     """A meta file, annotation line, image or tokenizer that cannot be used."""
 
     on_every_rank = False
+
+
+def require(section: str, rules: dict[str, bool]) -> None:
+    """Check the fields of a section of the settings.
+
+    Args:
+        section: its name.
+        rules: what must hold, in words that name the field and the value found -> whether it does.
+
+    Raises:
+        ConfigError: naming every rule that is broken.
+    """
+    broken = [rule for rule, holds in rules.items() if not holds]
+    if broken:
+        raise ConfigError(f"{section}: " + "; ".join(broken))

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mmlm.config.load import from_json
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.errors import CheckpointError, ConfigError
 
 MANIFEST_FILE = "mmlm.json"

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from mmlm.config.schema import ModelConfig, RunConfig
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import RunConfig
 from mmlm.errors import ConfigError
 
 

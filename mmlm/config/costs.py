@@ -6,7 +6,7 @@ tokens each, half of them where attention is causal.
 
 from dataclasses import dataclass
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 Source: the ``config.json`` files of InternViT-6B-448px-V1-2 and Nous-Hermes-2-Yi-34B.
 """
 
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 
 
 def internvit_6b_448px() -> VisionConfig:

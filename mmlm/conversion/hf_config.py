@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.errors import ConfigError
 
 Json = dict[str, Any]

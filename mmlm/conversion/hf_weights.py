@@ -10,7 +10,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.conversion.dtypes import dtype_name
 from mmlm.conversion.entry_reader import EntryReader
 from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, Shape, StackedQkv
 from mmlm.errors import CheckpointError
 

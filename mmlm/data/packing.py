@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmlm.config.costs import forward_costs
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 
 Rows = list[list[int]]
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.layers.packed_sequence import PackedSequence
 from mmlm.layers.vision_layer import PackedImages
 from mmlm.models.language_model import LanguageModel

@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mmlm.config.schema import LanguageConfig
+from mmlm.config.model import LanguageConfig
 from mmlm.layers.packed_sequence import PackedSequence
 from mmlm.layers.sequence_region import (
     enter_sequence_region,

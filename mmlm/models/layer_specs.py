@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_layer import (
     TransformerLayerSubmodules,
 )
 
-from mmlm.config.schema import LanguageConfig, VisionConfig
+from mmlm.config.model import LanguageConfig, VisionConfig
 from mmlm.layers.norm import RMSNorm
 from mmlm.layers.packed_attention import PackedAttention
 from mmlm.layers.vision_attention import PaddedHeadsSelfAttention

@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
 )
 
-from mmlm.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import ParallelConfig, TrainConfig
 from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.transformer_config import make_transformer_configs

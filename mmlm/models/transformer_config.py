@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from mmlm.config.schema import ModelConfig, Recompute
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import Recompute
 from mmlm.layers.head_partition import HeadPartition
 from mmlm.parallel.cpu_backend import use_cpu
 from mmlm.parallel.stage_plan import StagePlan

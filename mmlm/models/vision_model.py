@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mmlm.config.schema import VisionConfig
+from mmlm.config.model import VisionConfig
 from mmlm.layers.sequence_region import enter_sequence_region, pad_stream, padding_tokens
 from mmlm.layers.vision_layer import DropPathMode, PackedImages
 from mmlm.models.layer_specs import block_spec, vision_layer_spec

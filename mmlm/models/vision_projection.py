@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.layers.norm import LayerNorm
 from mmlm.layers.sequence_region import leave_sequence_region, outside_sequence_region
 from mmlm.models.pixel_shuffle import pixel_shuffle

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mmlm.config.costs import forward_costs
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.errors import ConfigError
 
 

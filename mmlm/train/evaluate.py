@@ -9,7 +9,8 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from tqdm import tqdm
 
-from mmlm.config.schema import ModelConfig, RunConfig
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import RunConfig
 from mmlm.data.dataset import Dataset
 from mmlm.data.loader import BatchLoader
 from mmlm.data.packing import packing_cost

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.data.collate import Batch
 from mmlm.layers.drop_path import drop_path_scales
 from mmlm.layers.packed_sequence import PackedSequence

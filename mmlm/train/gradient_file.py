@@ -16,7 +16,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from safetensors import safe_open
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.conversion.hf_writer import TensorSpec, check_free_space, write_safetensors
 from mmlm.conversion.name_map import Entry, expand
 from mmlm.data.step_plan import SampleTable

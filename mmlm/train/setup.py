@@ -15,7 +15,8 @@ from mmlm.checkpoint.optimizer_state import load_optimizer_state, optimizer_shar
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
 from mmlm.config.load import to_json
-from mmlm.config.schema import ModelConfig, RunConfig
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import RunConfig
 from mmlm.conversion.hf_weights import load_hf_weights, open_weights
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.planners import TrainPlanner

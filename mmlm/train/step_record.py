@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core.utils import get_attr_wrapped_model
 from torch import Tensor
 
-from mmlm.config.schema import ModelConfig
+from mmlm.config.model import ModelConfig
 from mmlm.data.collate import Batch
 from mmlm.data.sample import MAX_IMAGES_PER_SAMPLE
 from mmlm.layers.sequence_region import leave_sequence_region
@@ -186,7 +186,7 @@ class StepRecord:
         self, sample_id: int, name: str, value: Tensor, dtype: torch.dtype = torch.float32
     ) -> None:
         if self._topology.tp_rank == 0:
-            self.tensors[f"sample/{sample_id}/{name}"] = value.to("cpu", dtype, copy=True)
+            self.tensors[f"sample/{sample_id}/{name}"] = value.to("cpu", dtype)
 
 
 def _samples(batch: Batch) -> list[tuple[int, slice]]:

@@ -20,13 +20,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch import Tensor
 
 from mmlm.checkpoint.optimizer_state import optimizer_sharded_state
-from mmlm.config.schema import (
-    BackendConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
+from mmlm.config.model import ModelConfig
+from mmlm.config.schema import BackendConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from mmlm.conversion.hf_config import language_from_hf, vision_from_hf
 from mmlm.conversion.name_map import expand
 from mmlm.data.collate import Batch, collate

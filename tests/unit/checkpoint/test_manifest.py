@@ -20,7 +20,7 @@ from mmlm.checkpoint.manifest import (
     resolve,
     temporary_dir,
 )
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.errors import CheckpointError
 
 MODEL = ModelConfig(

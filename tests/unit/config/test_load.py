@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from mmlm.config.load import apply_overrides, from_json, load_recipe, to_json, write_resolved
+from mmlm.config.model import ModelConfig
 from mmlm.config.presets import tiny
 from mmlm.config.schema import (
     CheckpointConfig,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     RunConfig,

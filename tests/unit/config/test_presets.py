@@ -4,8 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from math import prod
 
+from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.config.presets import internvit_6b_448px, internvl_chat_v1_2, tiny, yi_34b
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from tests.tiny_weights import (
     TINY_LLM_CONFIG,
     TINY_VISION_CONFIG,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlm.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.data.packing import (
     PackingCost,
     best_fit_decreasing,

@@ -1,10 +1,10 @@
-"""Training plans are step plans; an evaluation sees all samples once, in order."""
+"""Training plans are step plans; a selection is its samples; an evaluation sees all in order."""
 
 import numpy as np
 import pytest
 
-from mmlm.data.planners import EvaluationPlanner, Planner, TrainPlanner
-from mmlm.data.step_plan import SampleTable, StepPlan, step_plan
+from mmlm.data.planners import EvaluationPlanner, Planner, SelectionPlanner, TrainPlanner
+from mmlm.data.step_plan import SampleTable, StepPlan, step_plan, token_weights
 
 TABLE = SampleTable(
     num_tokens=np.arange(5, 28),
@@ -31,6 +31,28 @@ def test_training_plans_are_step_plans() -> None:
     expected = step_plan(TABLE, seed=5, iteration=4, loss_weight="square", **LAYOUT)
     assert planner.plan(4) == expected
     assert TrainPlanner(table=TABLE, seed=5, **LAYOUT).iterations_per_epoch == 3
+
+
+@pytest.mark.parametrize("iteration", [0, 2, 7])
+def test_training_says_its_samples_in_order(iteration: int) -> None:
+    planner = TrainPlanner(table=TABLE, seed=5, **LAYOUT)
+    ids = planner.sample_ids(iteration).tolist()
+    assert sorted(ids) == samples(planner.plan(iteration)) and ids != sorted(ids)
+
+
+def test_a_selection_is_one_batch_of_exactly_these_samples() -> None:
+    layout = {name: value for name, value in LAYOUT.items() if name != "global_batch_size"}
+    ids = (20, 3, 11, 4)
+    planner: Planner = SelectionPlanner(
+        table=TABLE, selection=ids, loss_weight="micro_batch_mean", loss_group_size=2, **layout
+    )
+    plan = planner.plan(5)
+    assert samples(plan) == sorted(ids) and (plan.iteration, plan.epoch) == (5, 0)
+    order = np.array(ids)
+    assert plan.token_weights == token_weights(
+        order, TABLE.num_supervised_tokens[order], "micro_batch_mean", 2
+    )
+    assert planner.sample_ids(5).tolist() == list(ids)
 
 
 def test_an_evaluation_sees_every_usable_sample_once_in_order() -> None:

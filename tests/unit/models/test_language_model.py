@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmlm.config.model import ModelConfig
 from mmlm.config.presets import tiny
-from mmlm.config.schema import BackendConfig, ModelConfig, ParallelConfig, TrainConfig
+from mmlm.config.schema import BackendConfig, ParallelConfig, TrainConfig
 from mmlm.layers.packed_sequence import PackedSequence
 from mmlm.models.model_provider import build_model, fill_weights, model_state
 from mmlm.parallel import topology

@@ -12,8 +12,9 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_replica
 from torch import Tensor
 
+from mmlm.config.model import ModelConfig
 from mmlm.config.presets import tiny
-from mmlm.config.schema import BackendConfig, ModelConfig, ParallelConfig, TrainConfig
+from mmlm.config.schema import BackendConfig, ParallelConfig, TrainConfig
 from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import (

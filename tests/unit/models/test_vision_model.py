@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mmlm.config.model import ModelConfig
 from mmlm.config.presets import tiny
-from mmlm.config.schema import BackendConfig, ModelConfig, ParallelConfig, TrainConfig
+from mmlm.config.schema import BackendConfig, ParallelConfig, TrainConfig
 from mmlm.models.model_provider import build_model, fill_weights
 from mmlm.models.vision_model import INERT_TOKENS, pack_images
 from mmlm.parallel import topology

@@ -5,8 +5,8 @@ from itertools import combinations
 
 import pytest
 
+from mmlm.config.model import ModelConfig
 from mmlm.config.presets import internvl_chat_v1_2, tiny
-from mmlm.config.schema import ModelConfig
 from mmlm.errors import ConfigError
 from mmlm.parallel.stage_plan import StageChunk, flat_letters, layer_costs, make_stage_plan
 
