@@ -1,4 +1,4 @@
-"""The command ``mmlm``: train, evaluate, debug."""
+"""The command ``mmlm``: train, evaluate, data, debug."""
 
 import argparse
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mmlm.config.checks import check_run
 from mmlm.config.load import apply_overrides, load_recipe
+from mmlm.data_cli import add_data_parser, run_data
 from mmlm.errors import ConfigError, MmlmError
 from mmlm.log import get_logger, setup_logging
 
@@ -89,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--load", required=True, help="checkpoint: a folder with 'latest'")
     evaluate.add_argument("--data", required=True, help="meta json of the split")
     evaluate.add_argument("--output", help="write the report as JSON to this file")
+    add_data_parser(commands)
     _add_debug(commands)
     return parser
 
@@ -166,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line without the program's name; ``sys.argv`` when None.
 
     Returns:
-        0, or 1 after one printed line for an error that the user can mend.
+        0; 1 after one printed line for an error that the user can mend, or where a topic of
+        ``mmlm data`` says so.
     """
     options = build_parser().parse_args(arguments)
     setup_logging()
@@ -174,9 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", message=message)
     rank = int(os.environ.get("RANK", "0"))
     try:
-        commands = {"train": run_train, "evaluate": run_evaluate, "debug": run_debug_gradients}
-        command = commands[options.command]
-        command(options)
+        commands = {
+            "train": run_train,
+            "evaluate": run_evaluate,
+            "data": run_data,
+            "debug": run_debug_gradients,
+        }
+        return commands[options.command](options) or 0
     except MmlmError as error:
         if rank == 0 or not error.on_every_rank:
             get_logger().error(f"error: {error}")
@@ -184,7 +191,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.flush()
             os._exit(1)  # other ranks may wait in a collective: leave without waiting for them
         return 1
-    return 0
 
 
 def run_train(options: argparse.Namespace) -> None:
