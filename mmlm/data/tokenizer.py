@@ -2,7 +2,8 @@
 
 The text is split at the added and special tokens (longest match first); each stretch between them
 is encoded on its own by SentencePiece as the model file says; nothing is stripped. Recent fast
-tokenizers differ; SentencePiece itself is exact.
+tokenizers differ; SentencePiece itself is exact. This is what ``legacy: true`` means, which is also
+the default of transformers 4.37 that the published model was trained with; the key is not read.
 """
 
 import hashlib
