@@ -10,7 +10,7 @@ import numpy as np
 
 from mmlm.data.annotation import AnnotationSet, IntArray, Record
 from mmlm.data.conversation import SYSTEM_MESSAGE, render
-from mmlm.data.image import FloatArray, augment, load_image, preprocess
+from mmlm.data.image import ByteArray, FloatArray, augment, load_image, normalise, squash
 from mmlm.data.rejection import Reason, Rejection
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import DataError
@@ -183,6 +183,50 @@ def image_paths(record: Record, root: Path) -> tuple[Path, ...]:
     return tuple(root / name for name in record.images)
 
 
+def load_images(
+    record: Record,
+    annotation_set: AnnotationSet,
+    num_images: int,
+    image_size: int,
+    *,
+    sample_id: int,
+    seed: int,
+    epoch: int,
+) -> ByteArray:
+    """Decode, augment and squash the first pictures of a record; normalising is left to others.
+
+    Args:
+        record: its line.
+        annotation_set: the set it belongs to (root of its pictures, augmentation).
+        num_images: k, how many are left after the cut.
+        image_size: S, pixels.
+        sample_id: index in the concatenated sets.
+        seed: seed of the run, for augmentation.
+        epoch: from 0, for augmentation.
+
+    Returns:
+        uint8 [k, S, S, 3].
+
+    Raises:
+        DataError: a picture does not decode; names set, file and line.
+    """
+    images = np.empty((num_images, image_size, image_size, 3), dtype=np.uint8)
+    for slot, path in enumerate(image_paths(record, annotation_set.root)[:num_images]):
+        try:
+            image = load_image(path)
+        except DataError as error:
+            raise DataError(f"{place_of(record, annotation_set)}: {error}") from error
+        if annotation_set.data_augment:
+            image = augment(image, seed=seed, sample_id=sample_id, slot=slot, epoch=epoch)
+        images[slot] = squash(image, image_size)
+    return images
+
+
+def place_of(record: Record, annotation_set: AnnotationSet) -> str:
+    """Return file, line, set and id of a record, as messages name it."""
+    return f"{record.place} (set '{annotation_set.name}', id '{record.identity}')"
+
+
 def build_sample(
     record: Record,
     annotation_set: AnnotationSet,
@@ -209,23 +253,19 @@ def build_sample(
     Raises:
         DataError: the record breaks a rule or a picture does not decode; names set, file and line.
     """
-    place = f"{record.place} (set '{annotation_set.name}', id '{record.identity}')"
     tokens = tokenize(record, tokenizer, settings)
     if isinstance(tokens, Rejection):
-        raise DataError(f"{place}: {tokens}")
+        raise DataError(f"{place_of(record, annotation_set)}: {tokens}")
     num_images = tokens.num_images
     pixel_values = None
     if with_pixels:
         size = settings.image_size
         pixel_values = np.empty((num_images, 3, size, size), dtype=np.float32)
-        for slot, path in enumerate(image_paths(record, annotation_set.root)[:num_images]):
-            try:
-                image = load_image(path)
-            except DataError as error:
-                raise DataError(f"{place}: {error}") from error
-            if annotation_set.data_augment:
-                image = augment(image, seed=seed, sample_id=sample_id, slot=slot, epoch=epoch)
-            pixel_values[slot] = preprocess(image, size)
+        images = load_images(
+            record, annotation_set, num_images, size, sample_id=sample_id, seed=seed, epoch=epoch
+        )
+        for slot, image in enumerate(images):
+            pixel_values[slot] = normalise(image)
     return Sample(
         sample_id=sample_id,
         input_ids=tokens.input_ids,
