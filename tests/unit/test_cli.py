@@ -15,16 +15,12 @@ from mmlm import cli
 from mmlm.checkpoint.manifest import Manifest
 from mmlm.config.load import to_json
 from mmlm.config.presets import tiny
-from mmlm.config.schema import (
-    CheckpointConfig,
-    DataConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from mmlm.config.schema import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
 from mmlm.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+GRADIENTS = ["debug", "gradients", "--data", "{meta}", "--output", "{output}"]
 
 RECIPE = """
 from mmlm.config.presets import tiny
@@ -61,6 +57,11 @@ def recipe(tmp_path: Path) -> str:
         (["--help"], ["train", "evaluate", "3D-parallel training"]),
         (["train", "--help"], ["--recipe FILE:FUNCTION", "--set a.b=c", "torchrun"]),
         (["evaluate", "--help"], ["--load", "--data", "--output", "--set"]),
+        (["debug", "--help"], ["gradients", "every gradient of one global batch"]),
+        (
+            ["debug", "gradients", "--help"],
+            ["--load-hf DIR", "--ids", "--drop-path", "torchrun", "gradient/<name>", "float64"],
+        ),
     ],
 )
 def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +72,18 @@ def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixt
     assert all(word in out for word in words)
 
 
-@pytest.mark.parametrize("arguments", [[], ["tran"], ["train"], ["evaluate", "--load", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["tran"],
+        ["train"],
+        ["evaluate", "--load", "x"],
+        ["debug"],
+        ["debug", "gradients", "--data", "m", "--output", "o"],
+        ["debug", "gradients", "--load", "x", "--load-hf", "y", "--data", "m", "--output", "o"],
+    ],
+)
 def test_misuse_is_explained_by_argparse(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -97,14 +109,41 @@ def test_misuse_is_explained_by_argparse(
             ["evaluate", "--load", "x", "--data", "gone.json"],
             "error: --data: the file 'gone.json' does not exist",
         ),
+        (
+            ["debug", "gradients", "--load", "x", "--data", "gone.json", "--output", "o"],
+            "error: --data: the file 'gone.json' does not exist",
+        ),
+        (
+            [*GRADIENTS, "--load", "x", "--ids", "3;17"],
+            "error: --ids '3;17': must be numbers with commas between them, e.g. 3,17",
+        ),
+        (
+            [*GRADIENTS, "--load", "x", "--iteration", "-1"],
+            "error: --iteration -1: must be at least 0",
+        ),
+        ([*GRADIENTS, "--load", "gone"], "error: gone: does not exist"),
+        (
+            [*GRADIENTS, "--load-hf", "gone"],
+            "error: gone: does not exist; give a combined InternVL-Chat folder",
+        ),
+        (
+            ["debug", "gradients", "--load", "x", "--data", "{meta}", "--output", "{meta}"],
+            "error: --output {meta}: exists already; give another name or --overwrite",
+        ),
     ],
 )
 def test_mendable_errors_are_one_line(
-    arguments: list[str], line: str, recipe: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    line: str,
+    recipe: str,
+    tmp_path: Path,
+    held_out: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main([word.format(recipe=recipe) for word in arguments]) == 1
+    names = {"recipe": recipe, "meta": str(held_out), "output": str(tmp_path / "new")}
+    assert cli.main([word.format(**names) for word in arguments]) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith(line) and err.count("\n") == 1
+    assert out == "" and err.startswith(line.format(**names)) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

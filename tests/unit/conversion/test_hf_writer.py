@@ -13,6 +13,7 @@ from mmlm.conversion.hf_writer import (
     check_free_space,
     plan_shards,
     refuse_existing,
+    write_safetensors,
     write_weights,
 )
 from mmlm.errors import CheckpointError
@@ -49,6 +50,22 @@ def test_safetensors_reads_what_was_written(tmp_path: Path, max_shard_bytes: int
     assert files == [
         f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))
     ]
+
+
+def test_one_file_with_numbers_and_metadata(tmp_path: Path):
+    tensors = {
+        "loss": torch.tensor(2.5, dtype=torch.float64),
+        "ids": torch.tensor([3, 2**40]),
+        "weights": torch.randn(3),
+    }
+    specs = [TensorSpec(name=n, shape=tuple(t.shape), dtype=t.dtype) for n, t in tensors.items()]
+    file = tmp_path / "all.safetensors"
+    write_safetensors(file, specs, iter(tensors.items()), {"who": "é"})
+    with safe_open(file, "pt") as handle:
+        assert handle.metadata() == {"who": "é"}
+        for name, tensor in tensors.items():
+            assert handle.get_tensor(name).dtype == tensor.dtype
+            assert torch.equal(handle.get_tensor(name), tensor)
 
 
 def test_shards_hold_what_fits():
