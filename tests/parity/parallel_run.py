@@ -93,7 +93,7 @@ def make_samples(
     seed: int = 0,
     images_of_sample: Sequence[int] = (1, 0, 2, 1),
 ) -> list[Sample]:
-    """Random conversations with several supervised stretches.
+    """Random conversations with two supervised stretches, 5 to 13 labels in all.
 
     Args:
         count: how many.
@@ -108,10 +108,11 @@ def make_samples(
         pieces = [generator.integers(1, context, size=3)]
         for _ in range(images):
             pieces += [np.full(4, context), generator.integers(1, context, size=2)]
-        pieces.append(generator.integers(1, context, size=4 + sample_id % 5))
+        answer = 5 + 2 * (sample_id % 5)
+        pieces.append(generator.integers(1, context, size=answer))
         ids = np.concatenate(pieces).astype(np.int64)
         labels = np.full(len(ids), -100, dtype=np.int64)
-        first = len(ids) - 5
+        first = len(ids) - answer
         labels[first : len(ids) - 1] = ids[first + 1 :]
         labels[1] = ids[2]
         samples.append(
