@@ -6,6 +6,7 @@ list. Blank lines are not records, but they count in line numbers.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import numpy.typing as npt
 from mmlm.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
+
+FileStamp = tuple[int, int]
+"""Size in bytes and time of the last change in nanoseconds: tells whether a file was edited."""
 
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length")
 
@@ -163,10 +167,38 @@ def scan_lines(path: Path) -> tuple[IntArray, IntArray]:
     return np.array(offsets, dtype=np.int64), np.array(lines, dtype=np.int64)
 
 
-def read_line(path: Path, offset: int) -> bytes:
-    """Return the line of ``path`` that starts at byte ``offset`` (one seek)."""
+def file_stamp(path: Path) -> FileStamp:
+    """Return what changes when ``path`` is edited.
+
+    Raises:
+        DataError: the file is gone.
+    """
+    try:
+        return _stamp(path.stat())
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot read the annotation file ({error.strerror}); the meta json names it"
+        ) from error
+
+
+def read_line(path: Path, offset: int, stamp: FileStamp | None = None) -> bytes:
+    """Return the line of ``path`` that starts at byte ``offset`` (one seek).
+
+    Args:
+        path: the jsonl file.
+        offset: bytes.
+        stamp: of the file as it was measured; None for a file that is not known yet.
+
+    Raises:
+        DataError: the file is gone, or was edited since.
+    """
     try:
         with path.open("rb") as file:
+            if stamp is not None and _stamp(os.fstat(file.fileno())) != stamp:
+                raise DataError(
+                    f"{path}: the annotation file changed during the run; start again, and its "
+                    "length index will be built anew"
+                )
             file.seek(offset)
             return file.readline()
     except OSError as error:
@@ -174,6 +206,10 @@ def read_line(path: Path, offset: int) -> bytes:
             f"{path}: cannot read the annotation file ({error.strerror}); it was there when the "
             "length index was built"
         ) from error
+
+
+def _stamp(status: os.stat_result) -> FileStamp:
+    return status.st_size, status.st_mtime_ns
 
 
 def parse_record(text: bytes, *, file: Path, line: int) -> Record:

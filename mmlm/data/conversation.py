@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mmlm.data.annotation import Turn
-from mmlm.data.rejection import Reason, Rejection
+from mmlm.data.rejection import Reason, Rejection, Remark
 
 SYSTEM_MESSAGE = (
     "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
@@ -56,14 +56,11 @@ def render(
         Three pieces for each pair of turns: everything before the assistant, its header, and its
         answer with ``<|im_end|>`` (supervised); or the rule that the conversation breaks.
     """
-    if turns and turns[0].role != "human":
-        turns = turns[1:]
+    turns, _ = repair(turns, num_images)
     rejection = _check(turns)
     if rejection is not None:
         return rejection
     texts = [turn.text for turn in turns]
-    if num_images and IMAGE_PLACEHOLDER not in texts[0]:
-        texts[0] = f"{IMAGE_PLACEHOLDER}\n{texts[0]}"
     for number, text in enumerate(texts):
         if not text:
             return Rejection(
@@ -80,6 +77,36 @@ def render(
         ]
         before = ""
     return _insert_images(pieces, num_images, embeddings_per_image)
+
+
+def repair(turns: Sequence[Turn], num_images: int) -> tuple[list[Turn], tuple[Remark, ...]]:
+    """Make a conversation fit the template as the published preprocessing does.
+
+    Args:
+        turns: as in the file.
+        num_images: pictures of the sample.
+
+    Returns:
+        The turns that are written, and what was done to them or is odd about them.
+    """
+    fitting, remarks = list(turns), []
+    if fitting and fitting[0].role != "human":
+        detail = f"the first turn is from '{fitting[0].role}'; it is dropped"
+        remarks.append(Remark(reason=Reason.FIRST_TURN_DROPPED, detail=detail))
+        del fitting[0]
+    if num_images and fitting and IMAGE_PLACEHOLDER not in fitting[0].text:
+        first = fitting[0]
+        fitting[0] = Turn(role=first.role, text=f"{IMAGE_PLACEHOLDER}\n{first.text}")
+        detail = f"the first turn has no {IMAGE_PLACEHOLDER}; one is put before it"
+        remarks.append(Remark(reason=Reason.PLACEHOLDER_INSERTED, detail=detail))
+    num_placeholders = sum(turn.text.count(IMAGE_PLACEHOLDER) for turn in fitting)
+    if num_placeholders > num_images:
+        detail = (
+            f"{num_placeholders} {IMAGE_PLACEHOLDER} for {num_images} images; the last "
+            f"{num_placeholders - num_images} stay as text"
+        )
+        remarks.append(Remark(reason=Reason.LITERAL_PLACEHOLDER, detail=detail))
+    return fitting, tuple(remarks)
 
 
 def _check(turns: Sequence[Turn]) -> Rejection | None:

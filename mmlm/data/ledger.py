@@ -1,24 +1,28 @@
-"""The ledger of excluded samples, and the error that strict policy makes of it.
+"""The ledger of samples that are not used as they stand, and the error that strict policy makes.
 
-One JSON line a record: ``{"set", "file", "line", "id", "reason", "detail"}``.
+One JSON line a record and reason: ``{"set", "file", "line", "id", "action", "reason", "detail"}``.
+A record is named once, however often its set is repeated.
 """
 
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from mmlm.data.rejection import Reason, Rejection
+from mmlm.data.rejection import Action, Reason
 from mmlm.errors import DataError
+
+LEDGER_FILE = "data_ledger.jsonl"
 
 _NUM_LISTED = 10
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exclusion:
-    """A record that is left out."""
+class LedgerEntry:
+    """A record that is left out, cut, changed, or odd."""
 
     set_name: str
     """Key in the meta json."""
@@ -28,48 +32,87 @@ class Exclusion:
     """Line number, from 1."""
     identity: str
     """The record's own id."""
-    rejection: Rejection
-    """The rule that it breaks."""
+    reason: Reason
+    """The rule that it breaks; decides what becomes of it."""
+    detail: str
+    """What was found and what to change or what is done, one line."""
+
+    @property
+    def action(self) -> Action:
+        """What becomes of the record."""
+        return self.reason.action
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line} (set '{self.set_name}', id '{self.identity}') " + str(
-            self.rejection
+        return (
+            f"{self.file}:{self.line} (set '{self.set_name}', id '{self.identity}') "
+            f"{self.reason.value}: {self.detail}"
         )
 
+    def to_json(self) -> dict[str, Any]:
+        """The entry as an object of the ledger."""
+        return {
+            "set": self.set_name,
+            "file": self.file,
+            "line": self.line,
+            "id": self.identity,
+            "action": self.action.value,
+            "reason": self.reason.value,
+            "detail": self.detail,
+        }
 
-def write_ledger(path: Path, exclusions: Iterable[Exclusion]) -> None:
-    """Write the ledger under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        for exclusion in exclusions:
-            entry = {
-                "set": exclusion.set_name,
-                "file": exclusion.file,
-                "line": exclusion.line,
-                "id": exclusion.identity,
-                "reason": exclusion.rejection.reason.value,
-                "detail": exclusion.rejection.detail,
-            }
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    temporary.replace(path)
-
-
-def read_ledger(path: Path) -> tuple[Exclusion, ...]:
-    """Read what `write_ledger` wrote."""
-    entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return tuple(
-        Exclusion(
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "LedgerEntry":
+        """The entry of an object of the ledger."""
+        return cls(
             set_name=entry["set"],
             file=entry["file"],
             line=entry["line"],
             identity=entry["id"],
-            rejection=Rejection(reason=Reason(entry["reason"]), detail=entry["detail"]),
+            reason=Reason(entry["reason"]),
+            detail=entry["detail"],
         )
-        for entry in entries
-    )
 
 
-def strict_error(exclusions: Sequence[Exclusion], num_records: int, ledger: Path) -> DataError:
+LedgerCounts = dict[Action, dict[Reason, int]]
+"""Entries by action and reason, the most frequent reason first; only what there is."""
+
+
+def count_entries(entries: Iterable[LedgerEntry]) -> LedgerCounts:
+    """Count ledger entries by action and reason."""
+    counts = Counter(entry.reason for entry in entries)
+    found: LedgerCounts = {}
+    for action in Action:
+        reasons = [item for item in counts.most_common() if item[0].action == action]
+        if reasons:
+            found[action] = dict(reasons)
+    return found
+
+
+def describe_counts(counts: LedgerCounts) -> str:
+    """Return e.g. ``3 excluded (odd_turns 2, image_count 1), 1 repaired (...)``, or ``nothing``."""
+    parts = []
+    for action, reasons in counts.items():
+        listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+        parts.append(f"{sum(reasons.values()):,} {action} ({listed})")
+    return "; ".join(parts) or "nothing"
+
+
+def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
+    """Write the ledger under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        for entry in entries:
+            file.write(json.dumps(entry.to_json(), ensure_ascii=False) + "\n")
+    temporary.replace(path)
+
+
+def read_ledger(path: Path) -> tuple[LedgerEntry, ...]:
+    """Read what `write_ledger` wrote."""
+    with path.open(encoding="utf-8") as file:  # not splitlines(): it splits inside a text, too
+        return tuple(LedgerEntry.from_json(json.loads(line)) for line in file)
+
+
+def strict_error(exclusions: Sequence[LedgerEntry], num_records: int, ledger: Path) -> DataError:
     """Return the error that names the first broken records and counts the rest by rule.
 
     Args:
@@ -77,12 +120,18 @@ def strict_error(exclusions: Sequence[Exclusion], num_records: int, ledger: Path
         num_records: records that were looked at.
         ledger: where all of them are written.
     """
-    counts = Counter(exclusion.rejection.reason.value for exclusion in exclusions)
+    counts = Counter(exclusion.reason.value for exclusion in exclusions)
     by_rule = ", ".join(f"{reason} {count}" for reason, count in counts.most_common())
-    listed = [f"  {exclusion}" for exclusion in exclusions[:_NUM_LISTED]]
-    if len(exclusions) > _NUM_LISTED:
-        listed.append(f"  ... and {len(exclusions) - _NUM_LISTED} more")
+    listed = list_entries(exclusions)
     return DataError(
         f"{len(exclusions)} of {num_records} records cannot be used ({by_rule}); mend them, or set "
-        f"data.policy=skip to leave them out; all are listed in {ledger}:\n" + "\n".join(listed)
+        f"data.policy=skip to leave them out; all are listed in {ledger}:\n{listed}"
     )
+
+
+def list_entries(entries: Sequence[LedgerEntry], num_listed: int = _NUM_LISTED) -> str:
+    """Return the first entries, one a line, and how many more there are."""
+    listed = [f"  {entry}" for entry in entries[:num_listed]]
+    if len(entries) > num_listed:
+        listed.append(f"  ... and {len(entries) - num_listed} more")
+    return "\n".join(listed)

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mmlm.data.annotation import AnnotationSet, IntArray, Record
-from mmlm.data.conversation import SYSTEM_MESSAGE, render
+from mmlm.data.conversation import SYSTEM_MESSAGE, render, repair
 from mmlm.data.image import ByteArray, FloatArray, augment, load_image, normalise, squash
-from mmlm.data.rejection import Reason, Rejection
+from mmlm.data.rejection import Reason, Rejection, Remark
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import DataError
 
@@ -48,6 +48,10 @@ class TokenizedSample:
     """int64 [k * embeddings_per_image]: where ``<IMG_CONTEXT>`` stands."""
     num_images: int
     """k: pictures left after the cut."""
+    num_tokens_uncut: int
+    """Length before the cut."""
+    remarks: tuple[Remark, ...]
+    """What was changed on the way."""
 
     @property
     def num_supervised_tokens(self) -> int:
@@ -79,12 +83,28 @@ class Measure:
 
     num_tokens: int
     """Length after the cut."""
+    num_tokens_uncut: int
+    """Length before the cut."""
     num_images: int
     """Pictures left after the cut."""
     num_supervised_tokens: int
     """Labels that are trained on."""
-    rejection: Rejection | None
+    rejection: Rejection | None = None
     """Why it cannot be used; the numbers are then 0."""
+    remarks: tuple[Remark, ...] = ()
+    """What was changed so that it can be used."""
+
+    @classmethod
+    def rejected(cls, reason: Reason, detail: str) -> "Measure":
+        """The measure of a record that cannot be used."""
+        rejection = Rejection(reason=reason, detail=detail)
+        return cls(
+            num_tokens=0,
+            num_tokens_uncut=0,
+            num_images=0,
+            num_supervised_tokens=0,
+            rejection=rejection,
+        )
 
 
 def tokenize(
@@ -131,11 +151,16 @@ def tokenize(
         np.array(supervised, dtype=np.bool_),
         tokenizer.img_context_id,
         settings,
+        repair(record.turns, len(record.images))[1],
     )
 
 
 def _cut(
-    ids: IntArray, supervised: np.ndarray, img_context_id: int, settings: SampleSettings
+    ids: IntArray,
+    supervised: np.ndarray,
+    img_context_id: int,
+    settings: SampleSettings,
+    remarks: tuple[Remark, ...],
 ) -> TokenizedSample | Rejection:
     positions = np.flatnonzero(ids == img_context_id)
     blocks = positions.reshape(-1, settings.embeddings_per_image)
@@ -157,11 +182,20 @@ def _cut(
             detail=f"{len(ids)} tokens; no answer is left after the cut at seq_length {length}, "
             "shorten the question or raise data.seq_length",
         )
+    if len(ids) > length:
+        detail = (
+            f"{len(ids)} tokens, cut at seq_length {length}; the cut takes "
+            f"{np.count_nonzero(supervised[length:])} of {np.count_nonzero(supervised)} supervised "
+            f"tokens and {len(blocks) - num_images} of {len(blocks)} images"
+        )
+        remarks = (*remarks, Remark(reason=Reason.LONGER_THAN_SEQ_LENGTH, detail=detail))
     return TokenizedSample(
         input_ids=ids[:length],
         labels=labels,
         image_positions=blocks[:num_images].reshape(-1),
         num_images=num_images,
+        num_tokens_uncut=len(ids),
+        remarks=remarks,
     )
 
 
@@ -169,12 +203,13 @@ def measure(record: Record, tokenizer: Tokenizer, settings: SampleSettings) -> M
     """Return the lengths of a record, or why it cannot be used; opens no picture."""
     tokens = tokenize(record, tokenizer, settings)
     if isinstance(tokens, Rejection):
-        return Measure(num_tokens=0, num_images=0, num_supervised_tokens=0, rejection=tokens)
+        return Measure.rejected(tokens.reason, tokens.detail)
     return Measure(
         num_tokens=len(tokens.input_ids),
+        num_tokens_uncut=tokens.num_tokens_uncut,
         num_images=tokens.num_images,
         num_supervised_tokens=tokens.num_supervised_tokens,
-        rejection=None,
+        remarks=tokens.remarks,
     )
 
 

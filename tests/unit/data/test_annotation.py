@@ -1,6 +1,7 @@
 """Meta json and json lines: what is read, and what each broken file says."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from mmlm.data.annotation import (
     AnnotationSet,
     Turn,
+    file_stamp,
     parse_record,
     read_line,
     read_meta,
@@ -92,8 +94,20 @@ def test_offsets_point_at_lines_and_blank_lines_only_count(tmp_path: Path) -> No
 
 
 def test_an_annotation_file_that_vanished_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"gone\.jsonl: cannot read the annotation file"):
-        read_line(tmp_path / "gone.jsonl", 0)
+    for read in (lambda path: read_line(path, 0), file_stamp):
+        with pytest.raises(DataError, match=r"gone\.jsonl: cannot read the annotation file"):
+            read(tmp_path / "gone.jsonl")
+
+
+def test_a_line_is_read_only_from_the_file_that_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("{}\n")
+    stamp = file_stamp(path)
+    assert read_line(path, 0, stamp) == b"{}\n"
+    os.utime(path, (1, 1))
+    assert read_line(path, 0) == b"{}\n"
+    with pytest.raises(DataError, match=r"a\.jsonl: the annotation file changed during the run"):
+        read_line(path, 0, stamp)
 
 
 @pytest.mark.parametrize(

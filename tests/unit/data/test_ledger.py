@@ -4,17 +4,25 @@ from pathlib import Path
 
 import pytest
 
-from mmlm.data.ledger import Exclusion, read_ledger, strict_error, write_ledger
-from mmlm.data.rejection import Reason, Rejection
+from mmlm.data.ledger import (
+    LedgerEntry,
+    count_entries,
+    describe_counts,
+    read_ledger,
+    strict_error,
+    write_ledger,
+)
+from mmlm.data.rejection import Action, Reason
 
 
-def exclusion(line: int, reason: Reason = Reason.ODD_TURNS) -> Exclusion:
-    return Exclusion(
+def exclusion(line: int, reason: Reason = Reason.ODD_TURNS) -> LedgerEntry:
+    return LedgerEntry(
         set_name="tiny",
         file="a.jsonl",
         line=line,
         identity="红",
-        rejection=Rejection(reason=reason, detail="1 turns"),
+        reason=reason,
+        detail="1 turns\u2028\r",
     )
 
 
@@ -23,9 +31,9 @@ def test_the_ledger_comes_back_as_written(tmp_path: Path) -> None:
     path = tmp_path / "data_ledger.jsonl"
     write_ledger(path, exclusions)
     assert read_ledger(path) == exclusions
-    assert path.read_text(encoding="utf-8").splitlines()[0] == (
-        '{"set": "tiny", "file": "a.jsonl", "line": 1, "id": "红", "reason": "odd_turns", '
-        '"detail": "1 turns"}'
+    assert path.read_text(encoding="utf-8").split("\n")[0] == (
+        '{"set": "tiny", "file": "a.jsonl", "line": 1, "id": "红", "action": "excluded", '
+        '"reason": "odd_turns", "detail": "1 turns\u2028\\r"}'
     )
     assert list(tmp_path.iterdir()) == [path]
 
@@ -36,7 +44,7 @@ def test_the_strict_error_lists_ten_and_counts_the_rest() -> None:
     assert text.startswith(
         "13 of 500 records cannot be used (odd_turns 12, image_count 1); mend them, or set "
         "data.policy=skip to leave them out; all are listed in x/data_ledger.jsonl:\n"
-        "  a.jsonl:1 (set 'tiny', id '红') odd_turns: 1 turns\n"
+        "  a.jsonl:1 (set 'tiny', id '红') odd_turns: 1 turns\u2028\r\n"
     )
     assert text.count("a.jsonl:") == 10
     assert text.endswith("... and 3 more")
@@ -46,3 +54,15 @@ def test_the_strict_error_lists_ten_and_counts_the_rest() -> None:
 def test_a_short_list_is_complete(count: int) -> None:
     text = str(strict_error([exclusion(1)] * count, count, Path("x")))
     assert text.count("a.jsonl:1") == count and "more" not in text
+
+
+def test_entries_are_counted_by_action_and_reason() -> None:
+    reasons = [Reason.IMAGE_COUNT, Reason.ODD_TURNS, Reason.ODD_TURNS, Reason.FIRST_TURN_DROPPED]
+    counts = count_entries(exclusion(line, reason) for line, reason in enumerate(reasons))
+    assert counts == {
+        Action.EXCLUDED: {Reason.ODD_TURNS: 2, Reason.IMAGE_COUNT: 1},
+        Action.REPAIRED: {Reason.FIRST_TURN_DROPPED: 1},
+    }
+    text = "3 excluded (odd_turns 2, image_count 1); 1 repaired (first_turn_dropped 1)"
+    assert describe_counts(counts) == text
+    assert describe_counts(count_entries([])) == "nothing"
