@@ -87,7 +87,7 @@ def tiny() -> RunConfig:
         output_dir="work_dirs/internvl_chat_v1_2_tiny",
         parallel=ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         data=DataConfig(
-            meta="work_dirs/demo_cache/internvl_1_2_finetune.json", seq_length=1536, num_workers=1
+            meta="work_dirs/demo_cache/internvl_1_2_finetune.json", seq_length=1536, num_workers=0
         ),
         eval_meta="work_dirs/demo_cache/held_out.json",
         train=TrainConfig(

@@ -80,6 +80,9 @@ class ParallelConfig:
         return self.tensor_model_parallel_size if self.uses_sequence_parallel else 1
 
 
+Packing = Literal["pack", "none", "group_by_length", "published"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What is trained on and how it is packed."""
@@ -92,8 +95,13 @@ class DataConfig:
     """Tokens in a pack, and the length at which a sample is truncated."""
     cache_dir: str = ""
     """Where length indexes are kept; empty means ``<output_dir>/data_cache``."""
+    packing: Packing = "pack"
+    """pack: samples share rows. For comparison, one sample a row and rows padded to the longest of
+    the microbatch: none (shuffled), group_by_length (HuggingFace's), published (InternVL's)."""
     num_workers: int = 2
-    """Processes that measure lengths, and threads that decode images ahead of the training."""
+    """Processes that measure lengths, and on each rank that decodes images as many; 0: a thread."""
+    prefetch_iterations: int = 2
+    """Iterations whose batches are made ahead of the training."""
     policy: Literal["strict", "skip"] = "strict"
     """Broken samples stop the run before it starts (strict) or are recorded and left out (skip)."""
 
@@ -103,7 +111,13 @@ class DataConfig:
             {
                 f"seq_length {self.seq_length} must be at least 8": self.seq_length >= 8,
                 f"policy '{self.policy}' must be strict or skip": self.policy in ("strict", "skip"),
-                f"num_workers {self.num_workers} must be at least 1": self.num_workers >= 1,
+                f"packing '{self.packing}' must be pack, none, group_by_length or published": (
+                    self.packing in ("pack", "none", "group_by_length", "published")
+                ),
+                f"num_workers {self.num_workers} must be at least 0": self.num_workers >= 0,
+                f"prefetch_iterations {self.prefetch_iterations} must be at least 1": (
+                    self.prefetch_iterations >= 1
+                ),
             },
         )
 

@@ -56,11 +56,12 @@ def collate(
     with_pixels: bool = True,
     pad_to_multiple_of: int = 1,
     min_length: int = 1,
+    pad_rows: bool = False,
 ) -> Batch:
     """Lay the rows of a microbatch one after the other.
 
     A row without samples gives one inert padding token; the stream's end is padded, as a segment of
-    its own, to the asked length. Padding has weight 0 and no image.
+    its own, to the asked length. Padding has weight 0 and no image, and is computed like any token.
 
     Args:
         rows: samples of each packed row.
@@ -69,13 +70,17 @@ def collate(
         with_pixels: whether the samples carry pixels; otherwise ``pixel_values`` is None.
         pad_to_multiple_of: t is a multiple of this (sequence parallelism needs TP).
         min_length: t is at least this.
+        pad_rows: pad each row, by a segment of its own, to the longest: the cost of batches that
+            are not packed.
 
     Returns:
         The batch, on the CPU.
     """
     segments: list[Sample | int] = []  # an int is that many padding tokens
+    longest = max((sum(map(_length, row)) for row in rows), default=0)
     for row in rows:
-        segments += list(row) or [1]
+        padding = longest - sum(map(_length, row)) if pad_rows else 0 if row else 1
+        segments += [*row, padding] if padding else row
     length = sum(_length(segment) for segment in segments)
     wanted = max(length, min_length, 1)
     wanted += -wanted % pad_to_multiple_of

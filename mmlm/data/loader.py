@@ -1,20 +1,31 @@
-"""Batches of one data-parallel rank, made ahead of the training in threads."""
+"""Batches of one data-parallel rank, made ahead of the training."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from types import TracebackType
+
+import numpy as np
 
 from mmlm.data.collate import Batch, collate
 from mmlm.data.dataset import Dataset
+from mmlm.data.image import normalise
 from mmlm.data.planners import Planner
+from mmlm.data.sample import Sample
 from mmlm.data.step_plan import Microbatch, StepPlan
+from mmlm.data.workers import UnfinishedSample, WorkerPool, build_unfinished
+
+_Build = Callable[[], UnfinishedSample]
 
 
 class BatchLoader:
-    """Gives the microbatches of an iteration and prepares the next iteration meanwhile.
+    """Gives the microbatches of an iteration and prepares the next ones meanwhile.
 
     Every rank that shares a data-parallel rank gets the same batches; ranks without the vision
-    embedding ask for ``with_pixels=False`` and decode nothing. Threads suffice: Pillow and numpy
-    let go of the interpreter lock while they decode and resize.
+    embedding ask for ``with_pixels=False``, decode nothing and need no processes. Worker processes
+    build samples; a thread of this process normalises their pictures and lays them out, or does
+    everything where there are no workers.
     """
 
     def __init__(
@@ -26,12 +37,13 @@ class BatchLoader:
         end_iteration: int,
         seed: int = 0,
         with_pixels: bool = True,
-        num_workers: int = 2,
+        num_workers: int = 0,
+        prefetch_iterations: int = 1,
         pad_to_multiple_of: int = 1,
         min_length: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """Start the threads; nothing is read yet.
+        """Start the thread and the processes; nothing is read yet.
 
         Args:
             dataset: where samples come from.
@@ -40,10 +52,14 @@ class BatchLoader:
             end_iteration: the first iteration that is not wanted, so that none is prepared in vain.
             seed: seed of the run, for augmentation.
             with_pixels: decode pictures.
-            num_workers: threads.
+            num_workers: processes that do; 0: the thread.
+            prefetch_iterations: how many iterations are prepared ahead.
             pad_to_multiple_of: see `collate`.
             min_length: see `collate`.
             pin_memory: put the batches into page-locked memory, for a GPU.
+
+        Raises:
+            DataError: the processes cannot be started.
         """
         self._dataset = dataset
         self._planner = planner
@@ -51,11 +67,15 @@ class BatchLoader:
         self._end = end_iteration
         self._seed = seed
         self._with_pixels = with_pixels
+        self._ahead = prefetch_iterations
         self._pad_to_multiple_of = pad_to_multiple_of
         self._min_length = min_length
         self._pin_memory = pin_memory
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="mmlm-data")
         self._pending: dict[int, tuple[StepPlan, list[Future[Batch]]]] = {}
+        self._workers = (
+            WorkerPool(dataset, num_workers) if with_pixels and num_workers > 0 else None
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmlm-data")
 
     def batches(self, iteration: int) -> tuple[StepPlan, list[Batch]]:
         """Return the plan of an iteration and this rank's microbatches; wait where not ready.
@@ -66,19 +86,23 @@ class BatchLoader:
         Raises:
             DataError: a sample cannot be built; names set, file, line and picture.
         """
-        for other in [number for number in self._pending if number != iteration]:
+        wanted = range(iteration, min(iteration + self._ahead + 1, max(self._end, iteration + 1)))
+        for other in self._pending.keys() - set(wanted):
             for future in self._pending.pop(other)[1]:
                 future.cancel()
-        plan, futures = self._pending.get(iteration) or self._submit(iteration)
-        self._pending.clear()
-        if iteration + 1 < self._end:
-            self._pending[iteration + 1] = self._submit(iteration + 1)
+        for number in wanted:
+            if number not in self._pending:
+                self._pending[number] = self._submit(number)
+        plan, futures = self._pending.pop(iteration)
         return plan, [future.result() for future in futures]
 
     def close(self) -> None:
-        """Drop what is being prepared and end the threads."""
+        """Drop what is being prepared and end the thread and the processes."""
         self._pending.clear()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._workers is not None:
+            self._workers.close()
+        self._thread.shutdown(wait=True)
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -93,28 +117,42 @@ class BatchLoader:
 
     def _submit(self, iteration: int) -> tuple[StepPlan, list[Future[Batch]]]:
         plan = self._planner.plan(iteration)
-        microbatches = plan.microbatches[self._rank]
-        return plan, [self._pool.submit(self._make, plan, rows) for rows in microbatches]
-
-    def _make(self, plan: StepPlan, rows: Microbatch) -> Batch:
-        samples = [
-            [
-                self._dataset.sample(
-                    sample_id,
-                    seed=self._seed,
-                    epoch=plan.epoch,
-                    with_pixels=self._with_pixels,
-                )
-                for sample_id in row
-            ]
-            for row in rows
+        return plan, [
+            self._thread.submit(self._make, plan, rows, self._builds(plan, rows))
+            for rows in plan.microbatches[self._rank]
         ]
+
+    def _builds(self, plan: StepPlan, rows: Microbatch) -> dict[int, _Build]:
+        """Ask the workers for the samples of a microbatch; without them, say how to build each."""
+        samples = {sample_id for row in rows for sample_id in row}
+        if self._workers is not None:
+            submit = partial(self._workers.submit, seed=self._seed, epoch=plan.epoch)
+            return {sample_id: submit(sample_id).result for sample_id in sorted(samples)}
+        build = partial(
+            build_unfinished, seed=self._seed, epoch=plan.epoch, with_pixels=self._with_pixels
+        )
+        return {sample_id: partial(build, self._dataset, sample_id) for sample_id in samples}
+
+    def _make(self, plan: StepPlan, rows: Microbatch, builds: dict[int, _Build]) -> Batch:
+        """Wait for the samples of a microbatch and lay them out; runs in the thread."""
+        samples = {sample_id: _finish(build()) for sample_id, build in builds.items()}
         batch = collate(
-            samples,
+            [[samples[sample_id] for sample_id in row] for row in rows],
             plan.token_weights,
             image_size=self._dataset.settings.image_size,
             with_pixels=self._with_pixels,
             pad_to_multiple_of=self._pad_to_multiple_of,
             min_length=self._min_length,
+            pad_rows=plan.pads_rows,
         )
         return batch.pin_memory() if self._pin_memory else batch
+
+
+def _finish(built: UnfinishedSample) -> Sample:
+    if built.images is None:
+        return built.sample
+    size = built.images.shape[1]
+    pixels = np.empty((len(built.images), 3, size, size), dtype=np.float32)
+    for slot, image in enumerate(built.images):
+        pixels[slot] = normalise(image)
+    return replace(built.sample, pixel_values=pixels)

@@ -1,19 +1,26 @@
 """Which samples share a row, and which rows share a microbatch. Pure functions of numbers.
 
-Rows are first made as few as possible (best-fit decreasing), their number is rounded up to what
-the layout needs, and the samples are then spread so that rows, data-parallel ranks and microbatches
-cost about the same (largest first to the cheapest place).
+The samples are spread over as few rows as the layout allows, dearest first to the cheapest row;
+then pairs of samples change places until rows hold what they can and cost about the same. Where
+that finds no place for everything, one more round of rows is tried, and at last best-fit
+decreasing, which always finds one. Rows go to data-parallel ranks and microbatches by cost.
 """
 
 import heapq
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mmlm.config.costs import forward_costs
 from mmlm.config.model import ModelConfig
+from mmlm.data.levelling import Rows, level_rows, spread
 
-Rows = list[list[int]]
+Plan = tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]
+"""``[data-parallel rank][microbatch][row]`` = numbers of its samples, ascending."""
+
+_FULL = 0.985
+"""Fuller than this, rows are not worth trying: some sample finds no place nearly always."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,37 +78,6 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> Rows:
     return rows
 
 
-def level_rows(
-    lengths: Sequence[int], costs: Sequence[float], num_rows: int, capacity: int
-) -> Rows | None:
-    """Spread items over a given number of rows, dearest first to the cheapest row with room.
-
-    Args:
-        lengths: of the items.
-        costs: of the items, positive.
-        num_rows: rows to fill.
-        capacity: of a row.
-
-    Returns:
-        Item numbers of each row, or None where an item found no room.
-    """
-    rows: Rows = [[] for _ in range(num_rows)]
-    free = [capacity] * num_rows
-    heap = [(0.0, row) for row in range(num_rows)]
-    for item in sorted(range(len(lengths)), key=lambda item: (-costs[item], item)):
-        full = []
-        while heap and free[heap[0][1]] < lengths[item]:
-            full.append(heapq.heappop(heap))
-        if not heap:
-            return None
-        cost, row = heapq.heappop(heap)
-        rows[row].append(item)
-        free[row] -= lengths[item]
-        for entry in (*full, (cost + costs[item], row)):
-            heapq.heappush(heap, entry)
-    return rows
-
-
 def deal(costs: Sequence[float], num_groups: int) -> Rows:
     """Deal items into groups of equal count, dearest first to the cheapest group with a free slot.
 
@@ -131,7 +107,7 @@ def pack(
     micro_batch_size: int,
     data_parallel_size: int,
     microbatch_multiple: int = 1,
-) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], ...]:
+) -> Plan:
     """Pack the samples of one global batch.
 
     Args:
@@ -143,13 +119,11 @@ def pack(
         microbatch_multiple: the microbatches of a rank are a multiple of this.
 
     Returns:
-        ``[data-parallel rank][microbatch][row]`` = numbers of its samples, ascending. Every rank
-        has the same number of microbatches; a row is empty only where samples are fewer than rows.
+        The plan. Every rank has the same number of microbatches; a row is empty only where samples
+        are fewer than rows.
     """
-    rows = best_fit_decreasing(lengths, seq_length)
     multiple = micro_batch_size * data_parallel_size * microbatch_multiple
-    num_rows = max(1, -(-len(rows) // multiple)) * multiple
-    rows = level_rows(lengths, costs, num_rows, seq_length) or _spread(rows, num_rows)
+    rows = _full_rows(lengths, costs, seq_length, multiple)
     row_costs = [sum(costs[item] for item in row) for row in rows]
     plan = []
     for rank_rows in deal(row_costs, data_parallel_size):
@@ -167,10 +141,48 @@ def pack(
     return tuple(plan)
 
 
-def _spread(rows: Rows, num_rows: int) -> Rows:
-    """Give the rows that rounding up added a sample each, while some row has more than one."""
-    rows = [list(row) for row in rows]
-    while len(rows) < num_rows:
-        donor = max(rows, key=len)
-        rows.append([donor.pop()] if len(donor) > 1 else [])
+def one_a_row(
+    num_samples: int,
+    *,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    microbatch_multiple: int = 1,
+) -> Plan:
+    """Give every sample a row of its own, in order: microbatches go round the ranks, as published.
+
+    Args:
+        num_samples: of the global batch.
+        micro_batch_size: rows of a microbatch.
+        data_parallel_size: ranks that share the batch.
+        microbatch_multiple: the microbatches of a rank are a multiple of this.
+
+    Returns:
+        The plan; the last rows are empty where the samples are no multiple of what is asked for.
+    """
+    multiple = micro_batch_size * data_parallel_size * microbatch_multiple
+    num_rows = max(1, -(-num_samples // multiple)) * multiple
+    rows = [(item,) if item < num_samples else () for item in range(num_rows)]
+    starts = range(0, num_rows, micro_batch_size)
+    microbatches = [tuple(rows[start : start + micro_batch_size]) for start in starts]
+    return tuple(
+        tuple(microbatches[rank::data_parallel_size]) for rank in range(data_parallel_size)
+    )
+
+
+def _full_rows(
+    lengths: Sequence[int], costs: Sequence[float], capacity: int, multiple: int
+) -> Rows:
+    """Fill rows, their number a multiple of ``multiple``."""
+    fewest = max(1, math.ceil(sum(lengths) / (_FULL * capacity)))
+    safe = best_fit_decreasing(lengths, capacity)
+    most = -(-len(safe) // multiple) * multiple
+    for num_rows in range(min(most, -(-fewest // multiple) * multiple), most + 1, multiple):
+        rows = level_rows(spread(lengths, costs, num_rows, capacity), lengths, costs, capacity)
+        if rows is not None:
+            return rows
+    while len(safe) < most:
+        donor = max(safe, key=len)
+        safe.append([donor.pop()] if len(donor) > 1 else [])
+    rows = level_rows(safe, lengths, costs, capacity)
+    assert rows is not None, "best-fit decreasing fits, and exchanges make no row longer"
     return rows

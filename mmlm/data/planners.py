@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mmlm.config.schema import LossWeight
+from mmlm.config.schema import LossWeight, Packing
 from mmlm.data.annotation import IntArray
 from mmlm.data.packing import PackingCost
 from mmlm.data.step_plan import (
@@ -13,7 +13,7 @@ from mmlm.data.step_plan import (
     StepPlan,
     assemble,
     iterations_per_epoch,
-    samples_of,
+    ordered_samples,
     step_plan,
     token_weights,
 )
@@ -51,6 +51,8 @@ class TrainPlanner:
     """The microbatches of a rank are a multiple of this."""
     cost: PackingCost = field(default_factory=PackingCost)
     """What levelling evens out."""
+    packing: Packing = "pack"
+    """Whether and in which order samples share rows."""
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -59,13 +61,15 @@ class TrainPlanner:
 
     def sample_ids(self, iteration: int) -> IntArray:
         """Return the samples of ``iteration`` in their order, int64 [global_batch_size]."""
-        _, places = samples_of(
-            len(self.table.usable),
+        _, sample_ids = ordered_samples(
+            self.table,
             seed=self.seed,
             iteration=iteration,
             global_batch_size=self.global_batch_size,
+            packing=self.packing,
+            chunk_size=self.loss_group_size,
         )
-        return self.table.usable[places]
+        return sample_ids
 
     def plan(self, iteration: int) -> StepPlan:
         """Return the plan of ``iteration`` (from 0)."""
@@ -81,6 +85,7 @@ class TrainPlanner:
             loss_group_size=self.loss_group_size,
             microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
+            packing=self.packing,
         )
 
 
@@ -106,6 +111,8 @@ class SelectionPlanner:
     """The microbatches of a rank are a multiple of this."""
     cost: PackingCost = field(default_factory=PackingCost)
     """What levelling evens out."""
+    packing: Packing = "pack"
+    """Whether and in which order samples share rows."""
 
     def sample_ids(self, iteration: int) -> IntArray:
         """Return the selection, int64; the same for every iteration."""
@@ -126,6 +133,7 @@ class SelectionPlanner:
             data_parallel_size=self.data_parallel_size,
             microbatch_multiple=self.microbatch_multiple,
             cost=self.cost,
+            packing=self.packing,
         )
 
 

@@ -1,7 +1,8 @@
 """What an iteration trains on, as a pure function of numbers and the iteration.
 
-A global batch is a number of samples. Each epoch has its own permutation; its last batch is
-completed from the start of the epoch. Nothing is remembered between calls, so a run resumes exactly
+A global batch is a number of samples. Each epoch has its own order; its last batch is completed
+from the start of the epoch, as published, so every sample comes once and up to a batch of them
+twice. Nothing is remembered between calls, so a run resumes exactly
 under any layout, data-parallel size and number of workers.
 """
 
@@ -12,9 +13,10 @@ from functools import lru_cache
 
 import numpy as np
 
-from mmlm.config.schema import LossWeight
+from mmlm.config.schema import LossWeight, Packing
 from mmlm.data.annotation import IntArray
-from mmlm.data.packing import PackingCost, pack
+from mmlm.data.grouping import even_chunks, group_by_length
+from mmlm.data.packing import PackingCost, one_a_row, pack
 
 Row = tuple[int, ...]
 Microbatch = tuple[Row, ...]
@@ -54,6 +56,10 @@ class StepPlan:
     """Their labels."""
     num_images: int
     """Their pictures."""
+    num_computed_tokens: int
+    """The same with padding: what goes through the decoder."""
+    pads_rows: bool
+    """Whether the rows of a microbatch are padded to its longest, which packed ones are not."""
     seq_length: int
     """Tokens that a row can hold."""
 
@@ -71,6 +77,11 @@ class StepPlan:
     def pack_fill(self) -> float:
         """Share of the rows' room that holds tokens of samples."""
         return self.num_tokens / (self.num_rows * self.seq_length)
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the computed tokens that is padding."""
+        return 1.0 - self.num_tokens / self.num_computed_tokens
 
 
 def iterations_per_epoch(num_samples: int, global_batch_size: int) -> int:
@@ -102,8 +113,52 @@ def samples_of(
     """Return the epoch of an iteration and which samples (from 0 to ``num_samples``) it takes."""
     epoch, step = divmod(iteration, iterations_per_epoch(num_samples, global_batch_size))
     order = epoch_order(num_samples, seed, epoch)
-    places = (step * global_batch_size + np.arange(global_batch_size)) % num_samples
-    return epoch, order[places]
+    return epoch, order[_slots(num_samples, step, global_batch_size)]
+
+
+def ordered_samples(
+    table: SampleTable,
+    *,
+    seed: int,
+    iteration: int,
+    global_batch_size: int,
+    packing: Packing = "pack",
+    chunk_size: int = 8,
+) -> tuple[int, IntArray]:
+    """Return the epoch of an iteration and the ids of its samples in their order.
+
+    Args:
+        table: sizes of all samples.
+        seed: seed of the order.
+        iteration: from 0.
+        global_batch_size: samples of the iteration.
+        packing: ``group_by_length`` changes which samples an iteration has, ``published`` their
+            order within it.
+        chunk_size: samples of a rank's micro-batch in the published code.
+    """
+    num_samples = len(table.usable)
+    if packing != "group_by_length":
+        epoch, places = samples_of(
+            num_samples, seed=seed, iteration=iteration, global_batch_size=global_batch_size
+        )
+    else:
+        epoch, step = divmod(iteration, iterations_per_epoch(num_samples, global_batch_size))
+        order = _grouped_order(table, seed, epoch, global_batch_size)
+        places = order[_slots(num_samples, step, global_batch_size)]
+    sample_ids = table.usable[places]
+    if packing == "published":
+        sample_ids = even_chunks(sample_ids, table.num_tokens[sample_ids], chunk_size)
+    return epoch, sample_ids
+
+
+@lru_cache(maxsize=2)
+def _grouped_order(table: SampleTable, seed: int, epoch: int, global_batch_size: int) -> IntArray:
+    order = epoch_order(len(table.usable), seed, epoch)
+    return group_by_length(order, table.num_tokens[table.usable], global_batch_size)
+
+
+def _slots(num_samples: int, step: int, global_batch_size: int) -> IntArray:
+    return (step * global_batch_size + np.arange(global_batch_size)) % num_samples
 
 
 def token_weights(
@@ -160,6 +215,7 @@ def step_plan(
     loss_group_size: int = 8,
     microbatch_multiple: int = 1,
     cost: PackingCost | None = None,
+    packing: Packing = "pack",
 ) -> StepPlan:
     """Plan one training iteration.
 
@@ -175,14 +231,19 @@ def step_plan(
         loss_group_size: samples of a group of ``micro_batch_mean``.
         microbatch_multiple: the microbatches of a rank are a multiple of this.
         cost: what levelling evens out.
+        packing: whether and in which order samples share rows.
 
     Returns:
         The plan; the same on every rank.
     """
-    epoch, places = samples_of(
-        len(table.usable), seed=seed, iteration=iteration, global_batch_size=global_batch_size
+    epoch, sample_ids = ordered_samples(
+        table,
+        seed=seed,
+        iteration=iteration,
+        global_batch_size=global_batch_size,
+        packing=packing,
+        chunk_size=loss_group_size,
     )
-    sample_ids = table.usable[places]
     counts = table.num_supervised_tokens[sample_ids]
     weights = token_weights(sample_ids, counts, loss_weight, loss_group_size)
     return assemble(
@@ -196,6 +257,7 @@ def step_plan(
         data_parallel_size=data_parallel_size,
         microbatch_multiple=microbatch_multiple,
         cost=cost or PackingCost(),
+        packing=packing,
     )
 
 
@@ -211,8 +273,9 @@ def assemble(
     data_parallel_size: int,
     cost: PackingCost,
     microbatch_multiple: int = 1,
+    packing: Packing = "pack",
 ) -> StepPlan:
-    """Pack given samples into a plan.
+    """Put given samples into rows and the rows into a plan.
 
     Args:
         table: sizes of all samples.
@@ -224,18 +287,33 @@ def assemble(
         micro_batch_size: rows of a microbatch.
         data_parallel_size: ranks that share the batch.
         cost: what levelling evens out.
+        microbatch_multiple: the microbatches of a rank are a multiple of this.
+        packing: ``pack``; otherwise every sample has a row of its own.
     """
     lengths = table.num_tokens[sample_ids].tolist()
     images = table.num_images[sample_ids].tolist()
-    packs = pack(
-        lengths,
-        [cost.of(tokens, count) for tokens, count in zip(lengths, images, strict=True)],
-        seq_length=seq_length,
-        micro_batch_size=micro_batch_size,
-        data_parallel_size=data_parallel_size,
-        microbatch_multiple=microbatch_multiple,
-    )
+    if packing == "pack":
+        packs = pack(
+            lengths,
+            [cost.of(tokens, count) for tokens, count in zip(lengths, images, strict=True)],
+            seq_length=seq_length,
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            microbatch_multiple=microbatch_multiple,
+        )
+    else:
+        packs = one_a_row(
+            len(lengths),
+            micro_batch_size=micro_batch_size,
+            data_parallel_size=data_parallel_size,
+            microbatch_multiple=microbatch_multiple,
+        )
     ids = sample_ids.tolist()
+    num_padded = sum(
+        len(rows) * max(sum(lengths[item] for item in row) for row in rows)
+        for rank in packs
+        for rows in rank
+    )
     return StepPlan(
         iteration=iteration,
         epoch=epoch,
@@ -248,5 +326,7 @@ def assemble(
         num_tokens=sum(lengths),
         num_supervised_tokens=int(table.num_supervised_tokens[sample_ids].sum()),
         num_images=sum(images),
+        num_computed_tokens=sum(lengths) if packing == "pack" else num_padded,
+        pads_rows=packing != "pack",
         seq_length=seq_length,
     )

@@ -179,6 +179,7 @@ def _planner(
         "loss_group_size": config.train.loss_group_size,
         "microbatch_multiple": config.parallel.microbatch_multiple,
         "cost": packing_cost(start.model),
+        "packing": config.data.packing,
     }
     if request.sample_ids is None:
         return TrainPlanner(

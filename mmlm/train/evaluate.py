@@ -66,6 +66,7 @@ def evaluate(
         end_iteration=planner.num_iterations,
         with_pixels=with_pixels,
         num_workers=config.data.num_workers,
+        prefetch_iterations=config.data.prefetch_iterations,
         pad_to_multiple_of=config.parallel.token_multiple,
     ) as loader:
         rounds = range(planner.num_iterations)

@@ -87,6 +87,7 @@ class MetricsLog:
             "num_packs": plan.num_rows,
             "num_microbatches": plan.num_microbatches,
             "pack_fill": plan.pack_fill,
+            "padding_share": plan.padding_share,
             "images_per_pack": plan.num_images / plan.num_rows,
             "peak_memory_bytes": int(memory),
         }

@@ -124,6 +124,7 @@ _FIXED_SETTINGS = (
     "train.loss_group_size",
     "train.dtype",
     "data.seq_length",
+    "data.packing",
 )
 """What decides the order of the data and the arithmetic, and so cannot change within a run."""
 

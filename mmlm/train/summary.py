@@ -138,4 +138,9 @@ def _data_lines(config: RunConfig, dataset: Dataset, planner: TrainPlanner) -> l
         f"{first.num_images / first.num_rows:.1f} images a pack, {first.num_microbatches} "
         f"microbatches of {config.train.micro_batch_size} a rank"
     )
+    if first.pads_rows:
+        lines.append(
+            f"            not packed ({config.data.packing}): {first.padding_share:.1%} of what is "
+            "computed is padding"
+        )
     return lines

@@ -91,6 +91,7 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
         seed=config.train.seed,
         with_pixels=run.decodes,
         num_workers=config.data.num_workers,
+        prefetch_iterations=config.data.prefetch_iterations,
         pad_to_multiple_of=config.parallel.token_multiple,
         pin_memory=topology.device.type == "cuda",
     ) as loader:
@@ -136,6 +137,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
         loss_group_size=config.train.loss_group_size,
         microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(start.model),
+        packing=config.data.packing,
     )
     train_iters = train_iterations(config, planner)
     state = build_training(config, start, topology, backend, dataset, train_iters)

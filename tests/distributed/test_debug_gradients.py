@@ -82,7 +82,7 @@ def settings(world: Path, layout: dict[str, Any] | None = None, **train: Any) ->
     """Settings on the world; ``layout`` changes fields of ParallelConfig."""
     run = RunConfig(
         output_dir=str(world / "run"),
-        data=DataConfig(seq_length=128, num_workers=1),
+        data=DataConfig(seq_length=128, num_workers=0),
         train=TrainConfig(
             **{
                 "global_batch_size": GLOBAL_BATCH_SIZE,

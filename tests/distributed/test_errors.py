@@ -30,7 +30,7 @@ from mmlm.config.schema import *
 def run():
     return RunConfig(
         output_dir={output!r},
-        data=DataConfig(meta={meta!r}, seq_length=128, num_workers=1),
+        data=DataConfig(meta={meta!r}, seq_length=128, num_workers=0),
         train=TrainConfig(global_batch_size=8, dtype="fp32", train_iters=4),
         checkpoint=CheckpointConfig(load={load!r}),
     )

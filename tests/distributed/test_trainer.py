@@ -82,7 +82,7 @@ def config(
             ddp_bucket_size=4000 if overlap else None,
         ),
         data=DataConfig(
-            meta=str(world / "playground" / "meta.json"), seq_length=128, num_workers=1
+            meta=str(world / "playground" / "meta.json"), seq_length=128, num_workers=0
         ),
         train=TrainConfig(
             **{

@@ -27,7 +27,7 @@ from mmlm.config.schema import *
 
 def run():
     return RunConfig(
-        data=DataConfig(meta={meta!r}, seq_length=128, num_workers=1),
+        data=DataConfig(meta={meta!r}, seq_length=128, num_workers=0),
         train=TrainConfig(global_batch_size=8, train_iters=6, vision_drop_path_rate=0.3),
         optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-6),
         checkpoint=CheckpointConfig(load={load!r}, save_interval=3),

@@ -92,6 +92,18 @@ def test_an_empty_row_among_others_is_a_padding_segment() -> None:
     assert make([sample(1, 4)], []).segment_lengths == (4, 1)
 
 
+def test_rows_are_padded_to_the_longest_where_asked() -> None:
+    batch = make([sample(1, 4)], [sample(2, 7, 1)], [], [sample(3, 7)], pad_rows=True)
+    assert batch.segment_lengths == (4, 3, 7, 7, 7)
+    assert batch.position_ids.tolist()[4:7] == [0, 1, 2]
+    assert batch.image_positions.tolist() == [8, 9]
+    packed = make([sample(1, 4)], [sample(2, 7, 1)], [sample(3, 7)])
+    for name in ("labels", "loss_mask"):
+        padded, plain = getattr(batch, name), getattr(packed, name)
+        assert torch.equal(padded[padded != 0], plain[plain != 0]), name
+    assert make([], [], pad_rows=True).segment_lengths == (1,)
+
+
 def test_ranks_without_pixels_get_none_but_all_positions() -> None:
     batch = make([sample(2, 5, 1, pixels=False)], with_pixels=False)
     assert batch.pixel_values is None

@@ -1,5 +1,6 @@
-"""Batches ahead of training: complete, the same for any number of threads, errors with a place."""
+"""Batches ahead of training: complete, the same for any number of workers, errors with a place."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mmlm.data.planners import EvaluationPlanner, TrainPlanner
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import DataError
-from tests.tiny_data import conversation, write_set
+from tests.tiny_data import conversation, make_playground, write_set
 
 LAYOUT = {"global_batch_size": 8, "seq_length": 256, "micro_batch_size": 1, "data_parallel_size": 2}
 
@@ -63,14 +64,43 @@ def test_the_weights_of_all_ranks_sum_to_one(dataset: Dataset) -> None:
     assert total == pytest.approx(1.0, rel=1e-5)
 
 
-def test_order_threads_and_resuming_change_nothing(dataset: Dataset) -> None:
-    with loader(dataset, num_workers=1) as source:
+def test_order_workers_and_resuming_change_nothing(dataset: Dataset) -> None:
+    with loader(dataset) as source:
         first = [source.batches(iteration)[1] for iteration in range(5)]
-    with loader(dataset, num_workers=4) as source:
+    with loader(dataset, num_workers=2, prefetch_iterations=2) as source:
         second = {iteration: source.batches(iteration)[1] for iteration in (3, 4, 0)}
     for iteration, batches in second.items():
         assert len(batches) == len(first[iteration])
         assert all(same(a, b) for a, b in zip(batches, first[iteration], strict=True))
+
+
+def test_another_data_parallel_size_sees_the_same_samples_and_pixels(
+    tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings
+) -> None:
+    """Augmentation and order after a resume: pictures of iteration 3 at DP 1, 2 and 3."""
+    meta = make_playground(tmp_path, num_samples=20)
+    sets = json.loads(meta.read_text())
+    for entry in sets.values():
+        entry["data_augment"] = True
+    meta.write_text(json.dumps(sets))
+    augmented = open_dataset(meta, tokenizer, settings, cache_dir=tmp_path / "cache")
+    seen: list[dict[int, bytes]] = []
+    for ranks in (1, 2, 3):
+        layout = {**LAYOUT, "data_parallel_size": ranks}
+        pictures: dict[int, bytes] = {}
+        plan = TrainPlanner(table=augmented.table, seed=1, **layout)
+        for rank in range(ranks):
+            with loader(augmented, planner=plan, data_parallel_rank=rank, seed=7) as source:
+                for batch in source.batches(3)[1]:
+                    assert batch.pixel_values is not None
+                    pixels = [tensor.numpy().tobytes() for tensor in batch.pixel_values]
+                    pictures |= dict(zip(batch.image_ids.tolist(), pixels, strict=True))
+        seen.append(pictures)
+    assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 4
+    with loader(augmented, planner=plan, seed=8) as source:
+        other = source.batches(3)[1]
+    pixels = [tensor.numpy().tobytes() for batch in other for tensor in batch.pixel_values]
+    assert not set(pixels) & set(seen[0].values())
 
 
 def test_each_picture_is_decoded_once_and_only_where_wanted(
@@ -106,6 +136,12 @@ def test_the_next_iteration_is_prepared_and_none_beyond_the_end(dataset: Dataset
         source.batches(1)
         source.batches(2)
     assert planned == [0, 1, 2]
+    planned.clear()
+    with loader(dataset, planner=Spy(), prefetch_iterations=3) as source:
+        source.batches(0)
+        assert planned == [0, 1, 2, 3]
+        source.batches(1)
+    assert planned == [0, 1, 2, 3, 4]
 
 
 def test_batches_are_pinned_where_it_is_asked_for(
@@ -119,6 +155,16 @@ def test_batches_are_pinned_where_it_is_asked_for(
     with loader(dataset, end_iteration=1, pin_memory=True) as source:
         batches = source.batches(0)[1]
     assert {id(batch) for batch in batches} == {id(batch) for batch in pinned}
+
+
+def test_rows_without_packing_are_padded_to_the_longest(dataset: Dataset) -> None:
+    layout = {**LAYOUT, "micro_batch_size": 2}
+    unpacked = TrainPlanner(table=dataset.table, seed=1, packing="none", **layout)
+    with loader(dataset, planner=unpacked) as source:
+        plan, batches = source.batches(0)
+    lengths = [dataset.table.num_tokens[list(batch.sample_ids)] for batch in batches]
+    assert [len(batch.input_ids) for batch in batches] == [2 * max(pair) for pair in lengths]
+    assert len(batches) == plan.num_microbatches == 2
 
 
 def test_an_evaluation_gives_every_sample_once(dataset: Dataset) -> None:

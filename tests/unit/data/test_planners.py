@@ -1,8 +1,11 @@
 """Training plans are step plans; a selection is its samples; an evaluation sees all in order."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from mmlm.config.schema import Packing
 from mmlm.data.planners import EvaluationPlanner, Planner, SelectionPlanner, TrainPlanner
 from mmlm.data.step_plan import SampleTable, StepPlan, step_plan, token_weights
 
@@ -33,9 +36,10 @@ def test_training_plans_are_step_plans() -> None:
     assert TrainPlanner(table=TABLE, seed=5, **LAYOUT).iterations_per_epoch == 3
 
 
+@pytest.mark.parametrize("packing", get_args(Packing))
 @pytest.mark.parametrize("iteration", [0, 2, 7])
-def test_training_says_its_samples_in_order(iteration: int) -> None:
-    planner = TrainPlanner(table=TABLE, seed=5, **LAYOUT)
+def test_training_says_its_samples_in_order(iteration: int, packing: Packing) -> None:
+    planner = TrainPlanner(table=TABLE, seed=5, packing=packing, loss_group_size=4, **LAYOUT)
     ids = planner.sample_ids(iteration).tolist()
     assert sorted(ids) == samples(planner.plan(iteration)) and ids != sorted(ids)
 
@@ -53,6 +57,12 @@ def test_a_selection_is_one_batch_of_exactly_these_samples() -> None:
         order, TABLE.num_supervised_tokens[order], "micro_batch_mean", 2
     )
     assert planner.sample_ids(5).tolist() == list(ids)
+
+
+def test_a_selection_can_go_unpacked() -> None:
+    layout = {name: value for name, value in LAYOUT.items() if name != "global_batch_size"}
+    plan = SelectionPlanner(table=TABLE, selection=(4, 3, 11), packing="none", **layout).plan(0)
+    assert plan.microbatches == ((((4,), (3,)),), (((11,), ()),), (((), ()),))
 
 
 def test_an_evaluation_sees_every_usable_sample_once_in_order() -> None:

@@ -9,13 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmlm.config.schema import LossWeight
+from mmlm.config.schema import LossWeight, Packing
+from mmlm.data import step_plan as step_plan_room
 from mmlm.data.step_plan import (
     SampleTable,
     StepPlan,
     consumed_samples,
     epoch_order,
     iterations_per_epoch,
+    ordered_samples,
     samples_of,
     step_plan,
     token_weights,
@@ -69,6 +71,37 @@ def test_an_epoch_sees_every_sample_once_and_starts_over_to_fill_up(
     assert sorted(taken[:num_samples]) == list(range(num_samples))
     again = taken[num_samples:]
     assert again == [taken[place % num_samples] for place in range(len(again))]
+
+
+@fast
+@given(
+    st.integers(1, 80),
+    st.integers(1, 12),
+    st.integers(0, 2),
+    st.sampled_from(get_args(Packing)),
+    st.integers(1, 9),
+)
+def test_every_packing_sees_every_sample_of_an_epoch_once(
+    num_samples: int, global_batch_size: int, epoch: int, packing: Packing, chunk_size: int
+) -> None:
+    sizes = table(num_samples, broken=(3,) if num_samples > 3 else ())
+    per_epoch = iterations_per_epoch(len(sizes.usable), global_batch_size)
+    taken: list[int] = []
+    for iteration in range(epoch * per_epoch, (epoch + 1) * per_epoch):
+        found, sample_ids = ordered_samples(
+            sizes,
+            seed=1,
+            iteration=iteration,
+            global_batch_size=global_batch_size,
+            packing=packing,
+            chunk_size=chunk_size,
+        )
+        assert found == epoch and len(sample_ids) == global_batch_size
+        taken += sample_ids.tolist()
+    counts = Counter(taken)
+    assert sorted(counts) == sizes.usable.tolist()
+    again = per_epoch * global_batch_size - len(sizes.usable)
+    assert sum(count - 1 for count in counts.values()) == again
 
 
 @fast
@@ -128,6 +161,45 @@ def test_the_samples_of_an_iteration_do_not_depend_on_the_layout() -> None:
     assert all(other == taken[0] for other in taken)
 
 
+@pytest.mark.parametrize("packing", ["none", "group_by_length", "published"])
+def test_without_packing_rows_are_samples_and_padding_is_counted(packing: Packing) -> None:
+    sizes = table(40)
+    plan = plan_of(sizes, 3, packing=packing, micro_batch_size=2)
+    assert plan.pads_rows and plan.num_rows == plan.num_samples == 8
+    order = ordered_samples(
+        sizes, seed=1, iteration=3, global_batch_size=8, packing=packing, chunk_size=8
+    )[1].tolist()
+    microbatches = [rows for pair in zip(*plan.microbatches, strict=True) for rows in pair]
+    assert [sample for rows in microbatches for row in rows for sample in row] == order
+    padded = sum(2 * max(sizes.num_tokens[row[0]] for row in rows) for rows in microbatches)
+    assert plan.num_computed_tokens == padded
+    assert plan.padding_share == pytest.approx(1 - sizes.num_tokens[order].sum() / padded)
+    packed = plan_of(sizes, 3)
+    assert packed.padding_share == 0 and not packed.pads_rows
+
+
+def test_grouping_by_length_brings_alike_together() -> None:
+    sizes = table(640)
+
+    def padding(packing: Packing) -> float:
+        plans = [plan_of(sizes, i, packing=packing, micro_batch_size=4) for i in range(80)]
+        return 1 - sum(p.num_tokens for p in plans) / sum(p.num_computed_tokens for p in plans)
+
+    assert padding("group_by_length") < 0.05 < 0.2 < padding("published") < padding("none")
+
+
+def test_the_published_order_decides_who_shares_a_mean() -> None:
+    sizes = table(40)
+    plan = plan_of(sizes, 2, packing="published", loss_weight="micro_batch_mean", loss_group_size=4)
+    order = ordered_samples(
+        sizes, seed=1, iteration=2, global_batch_size=8, packing="published", chunk_size=4
+    )[1]
+    for chunk in (order[:4], order[4:]):
+        weight = 1 / (2 * sizes.num_supervised_tokens[chunk].sum())
+        for sample in chunk.tolist():
+            assert plan.token_weights[sample] == pytest.approx(weight, rel=1e-12)
+
+
 def test_a_plan_is_the_same_however_often_it_is_made() -> None:
     sizes = table(40)
     first = [plan_of(sizes, iteration).microbatches for iteration in range(6)]
@@ -176,6 +248,31 @@ def test_a_sample_that_appears_twice_counts_twice() -> None:
     weights = token_weights(np.array([7, 3, 7]), np.array([4, 12, 4]), "micro_batch_mean", 2)
     assert weights == {7: pytest.approx((1 / 8 + 1 / 32) / 2), 3: pytest.approx(1 / 32)}
     assert 2 * 4 * weights[7] + 12 * weights[3] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("packing", get_args(Packing))
+def test_an_iteration_far_ahead_walks_through_none_before_it(
+    packing: Packing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work is counted: samples looked at, orders drawn, batches packed."""
+    sizes = table(300)
+    orders: list[int] = []
+    packed: list[int] = []
+    monkeypatch.setattr(
+        step_plan_room, "epoch_order", lambda n, *rest: orders.append(n) or epoch_order(n, *rest)
+    )
+    for name in ("pack", "one_a_row"):
+        real = getattr(step_plan_room, name)
+        monkeypatch.setattr(
+            step_plan_room,
+            name,
+            lambda *a, real=real, **k: packed.append(1) or real(*a, **k),
+        )
+    for iteration in (0, 100_000):
+        orders.clear()
+        packed.clear()
+        assert plan_of(sizes, iteration, packing=packing).num_samples == 8
+        assert orders == [300] and packed == [1]
 
 
 def test_counting_iterations_and_samples() -> None:

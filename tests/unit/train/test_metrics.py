@@ -29,6 +29,8 @@ def plan(iteration: int) -> StepPlan:
         num_tokens=24,
         num_supervised_tokens=9,
         num_images=3,
+        num_computed_tokens=32,
+        pads_rows=True,
         seq_length=16,
     )
 
@@ -73,6 +75,7 @@ def test_lines_of_a_run_and_of_its_resume(tmp_path: Path) -> None:
         "num_packs": 2,
         "num_microbatches": 1,
         "pack_fill": 0.75,
+        "padding_share": 0.25,
         "images_per_pack": 1.5,
     }
     assert line["data_wait_seconds"] == 0.5  # the slowest rank
