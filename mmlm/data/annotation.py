@@ -7,6 +7,7 @@ list. Blank lines are not records, but they count in line numbers.
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ IntArray = npt.NDArray[np.int64]
 FileStamp = tuple[int, int]
 """Size in bytes and time of the last change in nanoseconds: tells whether a file was edited."""
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _META_KEYS = ("root", "annotation", "data_augment", "repeat_time", "length")
 
 
@@ -234,6 +236,14 @@ def parse_record(text: bytes, *, file: Path, line: int) -> Record:
             f"{place}: not valid JSON ({error}); every line must be one JSON object, mend or "
             "remove it"
         ) from error
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(entry, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: half a character ({error.reason}, such as \\ud83d without its other "
+                "half); rewrite the text"
+            ) from error
     if not isinstance(entry, dict):
         raise DataError(f"{place}: must be a JSON object, not {type(entry).__name__}")
     return Record(

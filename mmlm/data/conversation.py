@@ -23,6 +23,8 @@ IMG_CONTEXT = "<IMG_CONTEXT>"
 IMAGE_PLACEHOLDER = "<image>"
 ASSISTANT_HEADER = f"{IM_START}assistant\n"
 
+_LITERALS = {IM_END: Reason.LITERAL_IM_END, IMG_CONTEXT: Reason.LITERAL_IMG_CONTEXT}
+
 
 class Piece(NamedTuple):
     """A stretch of the prompt."""
@@ -39,25 +41,28 @@ def render(
     num_images: int,
     embeddings_per_image: int,
     system_message: str = SYSTEM_MESSAGE,
+    reserved: Sequence[str] = (),
 ) -> tuple[Piece, ...] | Rejection:
     """Write a conversation in the Hermes-2 template.
 
-    A first turn that is not from ``human`` is dropped. With images, ``<image>\\n`` goes before the
-    first remaining turn unless it has an ``<image>``; then the first ``num_images`` placeholders of
-    the whole prompt become image blocks, and further ones stay as text.
+    With images, ``<image>\\n`` goes before the first turn unless that has an ``<image>``. A first
+    turn that is not from ``human`` is dropped, and what was put before it with it. Then the first
+    ``num_images`` placeholders of the whole prompt become image blocks, and further ones stay as
+    text.
 
     Args:
         turns: the conversation.
         num_images: pictures of the sample.
         embeddings_per_image: vectors, hence ``<IMG_CONTEXT>`` tokens, of a picture.
         system_message: text of the system turn.
+        reserved: texts of special tokens that no turn may contain.
 
     Returns:
         Three pieces for each pair of turns: everything before the assistant, its header, and its
         answer with ``<|im_end|>`` (supervised); or the rule that the conversation breaks.
     """
     turns, _ = repair(turns, num_images)
-    rejection = _check(turns)
+    rejection = _check(turns, reserved)
     if rejection is not None:
         return rejection
     texts = [turn.text for turn in turns]
@@ -93,8 +98,8 @@ def repair(turns: Sequence[Turn], num_images: int) -> tuple[list[Turn], tuple[Re
     if fitting and fitting[0].role != "human":
         detail = f"the first turn is from '{fitting[0].role}'; it is dropped"
         remarks.append(Remark(reason=Reason.FIRST_TURN_DROPPED, detail=detail))
-        del fitting[0]
-    if num_images and fitting and IMAGE_PLACEHOLDER not in fitting[0].text:
+        del fitting[0]  # and with it the placeholder that the published code puts before it
+    elif num_images and fitting and IMAGE_PLACEHOLDER not in fitting[0].text:
         first = fitting[0]
         fitting[0] = Turn(role=first.role, text=f"{IMAGE_PLACEHOLDER}\n{first.text}")
         detail = f"the first turn has no {IMAGE_PLACEHOLDER}; one is put before it"
@@ -109,7 +114,7 @@ def repair(turns: Sequence[Turn], num_images: int) -> tuple[list[Turn], tuple[Re
     return fitting, tuple(remarks)
 
 
-def _check(turns: Sequence[Turn]) -> Rejection | None:
+def _check(turns: Sequence[Turn], reserved: Sequence[str]) -> Rejection | None:
     for number, turn in enumerate(turns):
         expected = ("human", "gpt")[number % 2]
         if turn.role != expected:
@@ -118,13 +123,10 @@ def _check(turns: Sequence[Turn]) -> Rejection | None:
                 detail=f"turn {number} is from '{turn.role}' where '{expected}' must speak (a "
                 "first turn not from 'human' is dropped); human and gpt must alternate",
             )
-        for literal, reason in (
-            (IM_END, Reason.LITERAL_IM_END),
-            (IMG_CONTEXT, Reason.LITERAL_IMG_CONTEXT),
-        ):
+        for literal in (IM_END, IMG_CONTEXT, *reserved):
             if literal in turn.text:
                 return Rejection(
-                    reason=reason,
+                    reason=_LITERALS.get(literal, Reason.LITERAL_SPECIAL_TOKEN),
                     detail=f"turn {number} ({turn.role}) contains the literal {literal}, which is "
                     "reserved for the template; rewrite the text",
                 )
@@ -144,7 +146,8 @@ def _insert_images(
         return Rejection(
             reason=Reason.IMAGE_COUNT,
             detail=f"{num_images} images but {num_placeholders} {IMAGE_PLACEHOLDER} in the "
-            "conversation; every image needs its own placeholder",
+            "conversation; every image needs its own placeholder (one is put before the first "
+            "turn, but only where that is from human)",
         )
     block = f"{IMG_START}{IMG_CONTEXT * embeddings_per_image}{IMG_END}"
     result, left = [], num_images

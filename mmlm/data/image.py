@@ -1,7 +1,9 @@
 """Pictures: open, squash to a square, normalise.
 
-``Image.open(path).convert("RGB")`` (alpha dropped, first frame, EXIF orientation ignored), resize
-to S x S with PIL's bicubic filter, / 255, ImageNet mean and standard deviation, float32.
+``Image.open(path).convert("RGB")`` (alpha dropped, first frame, EXIF orientation ignored, 16-bit
+grey clipped at 255), resize to S x S with PIL's bicubic filter, / 255, ImageNet mean and standard
+deviation, float32. Unlike the published loader, this one refuses truncated files and decompression
+bombs; docs/data_format.md has a table of every kind of file.
 """
 
 import io
@@ -25,17 +27,22 @@ _NORMALISED = (
     (np.arange(256, dtype=np.float32)[:, None] / np.float32(255) - IMAGE_MEAN) / IMAGE_STD
 ).T.copy()
 
-_JPEG_QUALITIES = (75, 100)
+MAX_IMAGE_PIXELS = 178_956_970
+"""Width times height that is accepted: where Pillow refuses, unless somebody told it not to.
+Decoded, a picture of that size takes half a gigabyte."""
+
+_JPEG_QUALITIES = range(75, 101)
 
 
 def load_image(path: Path) -> Image.Image:
     """Decode a picture as RGB.
 
     Raises:
-        DataError: missing, not a picture, truncated, or larger than Pillow's bomb limit.
+        DataError: missing, not a picture, truncated, or of more than `MAX_IMAGE_PIXELS`.
     """
     try:
         with Image.open(path) as image:
+            _refuse_bomb(image)
             return image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise a dozen types on broken bytes
         raise DataError(_message(path, error)) from error
@@ -49,6 +56,7 @@ def verify_image(path: Path) -> None:
     """
     try:
         with Image.open(path) as image:
+            _refuse_bomb(image)
             # JPEG only: reads every byte, but skips most of the arithmetic.
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
@@ -105,17 +113,35 @@ def augment(image: Image.Image, *, seed: int, sample_id: int, slot: int, epoch: 
         sample_id: global index of the sample.
         slot: which of the sample's pictures.
         epoch: from 0.
+
+    Raises:
+        DataError: a side is longer than a JPEG can have.
     """
-    generator = np.random.default_rng((seed, epoch, sample_id, slot))
-    low, high = _JPEG_QUALITIES
+    # Raw words: numpy promises those, and not its distributions, to stay from version to version.
+    word = np.random.PCG64(np.random.SeedSequence((seed, epoch, sample_id, slot))).random_raw()
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=int(generator.integers(low, high, endpoint=True)))
+    try:
+        image.save(buffer, format="JPEG", quality=_JPEG_QUALITIES[word % len(_JPEG_QUALITIES)])
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"data_augment cannot make a JPEG of {image.width} x {image.height} pixels ({error}); "
+            "shrink the picture to sides of at most 65500, or turn data_augment off for the set"
+        ) from error
     return Image.open(buffer).convert("RGB")
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError(f"{image.width} x {image.height}, {pixels:,} pixels")
 
 
 def _message(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"{path}: the image does not exist; check the set's root and the record's 'image'"
     if isinstance(error, Image.DecompressionBombError):
-        return f"{path}: the image is too large ({error}); shrink it"
+        return (
+            f"{path}: the image is too large, a decompression bomb or a scan that must be shrunk "
+            f"({error}; at most {MAX_IMAGE_PIXELS:,} pixels)"
+        )
     return f"{path}: the image does not decode ({error}); replace or remove it"

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     EMPTY_TURN = "empty_turn"
     LITERAL_IM_END = "literal_im_end"
     LITERAL_IMG_CONTEXT = "literal_img_context"
+    LITERAL_SPECIAL_TOKEN = "literal_special_token"
     IMAGE_COUNT = "image_count"
     TOO_MANY_IMAGES = "too_many_images"
     CUT_INSIDE_IMAGE = "cut_inside_image"

@@ -5,11 +5,12 @@ Letters: n tokens, k images, S pixels along a side.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from mmlm.data.annotation import AnnotationSet, IntArray, Record
-from mmlm.data.conversation import SYSTEM_MESSAGE, render, repair
+from mmlm.data.conversation import IMG_END, SYSTEM_MESSAGE, render, repair
 from mmlm.data.image import ByteArray, FloatArray, augment, load_image, normalise, squash
 from mmlm.data.rejection import Reason, Rejection, Remark
 from mmlm.data.tokenizer import Tokenizer
@@ -34,6 +35,10 @@ class SampleSettings:
     """``<IMG_CONTEXT>`` tokens of a picture."""
     system_message: str = SYSTEM_MESSAGE
     """Text of the system turn."""
+    special_literals: Literal["exclude", "tokens"] = "exclude"
+    """What becomes of a text that spells a special token such as ``<img>`` or ``<|im_start|>``: its
+    sample is left out, or it is that token, as published. ``<box>``, ``<ref>`` and ``<quad>`` are
+    always tokens; ``<|im_end|>`` and ``<IMG_CONTEXT>`` never pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,7 @@ def tokenize(
         num_images=len(record.images),
         embeddings_per_image=settings.embeddings_per_image,
         system_message=settings.system_message,
+        reserved=_reserved(record, tokenizer, settings),
     )
     if isinstance(pieces, Rejection):
         return pieces
@@ -152,6 +158,16 @@ def tokenize(
         tokenizer.img_context_id,
         settings,
         repair(record.turns, len(record.images))[1],
+    )
+
+
+def _reserved(record: Record, tokenizer: Tokenizer, settings: SampleSettings) -> tuple[str, ...]:
+    """Texts that no turn may contain, beside those that every template forbids."""
+    if settings.special_literals == "exclude":
+        return tokenizer.special_literals
+    # With these the published code's own counts fail: of tokens that are not padding, of images.
+    return ((tokenizer.pad_token,) if tokenizer.pad_token else ()) + (
+        (IMG_END,) if record.images else ()
     )
 
 
@@ -249,10 +265,10 @@ def load_images(
     for slot, path in enumerate(image_paths(record, annotation_set.root)[:num_images]):
         try:
             image = load_image(path)
+            if annotation_set.data_augment:
+                image = augment(image, seed=seed, sample_id=sample_id, slot=slot, epoch=epoch)
         except DataError as error:
             raise DataError(f"{place_of(record, annotation_set)}: {error}") from error
-        if annotation_set.data_augment:
-            image = augment(image, seed=seed, sample_id=sample_id, slot=slot, epoch=epoch)
         images[slot] = squash(image, image_size)
     return images
 

@@ -31,6 +31,9 @@ NEW_TOKENS = (
 )
 """Added after the vocabulary in this order, unless the folder has them already."""
 
+TEXT_TOKENS = frozenset(NEW_TOKENS[3:])
+"""Of these, the ones that data may spell out: regions and their names."""
+
 _SPECIAL_FIELDS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token")
 
 
@@ -44,6 +47,9 @@ class Tokenizer:
         img_context_id: id that holds the place of one image embedding.
         im_start_id: id of ``<|im_start|>``.
         im_end_id: id of ``<|im_end|>``.
+        pad_token: text of the pad token; empty where the folder names none.
+        special_literals: texts of the special tokens that no data should spell out, sorted: all but
+            `TEXT_TOKENS`.
         fingerprint: hex digest that changes whenever an encoding could.
     """
 
@@ -65,7 +71,8 @@ class Tokenizer:
             raise DataError(
                 f"{self.folder / 'tokenizer.model'}: not a SentencePiece model ({error})"
             ) from error
-        self.added_tokens = self._read_added_tokens()
+        self.pad_token = ""
+        self.added_tokens, special = self._read_added_tokens()
         self.vocab_size = max(self._pieces.get_piece_size(), 1 + max(self.added_tokens.values()))
         for token in NEW_TOKENS:
             if token not in self.added_tokens:
@@ -73,6 +80,8 @@ class Tokenizer:
                 self.added_tokens[token] = self.vocab_size if known is None else known
                 self.vocab_size += known is None
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
+        special = {*special, *NEW_TOKENS} - TEXT_TOKENS
+        self.special_literals = tuple(sorted(special & self.added_tokens.keys()))
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         self._names = {number: token for token, number in self.added_tokens.items()}
         self.img_context_id = self.added_tokens[IMG_CONTEXT]
@@ -80,6 +89,7 @@ class Tokenizer:
         self.im_end_id = self.added_tokens[IM_END]
         digest = hashlib.sha256(model)
         digest.update(json.dumps(sorted(self.added_tokens.items())).encode())
+        digest.update(json.dumps([self.special_literals, self.pad_token]).encode())
         self.fingerprint = digest.hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -140,15 +150,20 @@ class Tokenizer:
                 "original file, not only tokenizer.json"
             ) from error
 
-    def _read_added_tokens(self) -> dict[str, int]:
+    def _read_added_tokens(self) -> tuple[dict[str, int], set[str]]:
+        """Ids of the tokens that text is split at, and which of them are marked as special."""
         config = self._read_json("tokenizer_config.json")
         tokens: dict[str, int] = {}
+        special = set()
         for number, entry in config.get("added_tokens_decoder", {}).items():
             tokens[_token_text(entry)] = int(number)
+            if isinstance(entry, dict) and entry.get("special"):
+                special.add(_token_text(entry))
         for text, number in self._read_json("added_tokens.json").items():
             tokens[text] = int(number)
         named = [IM_START, IM_END]
         for source in (config, self._read_json("special_tokens_map.json")):
+            self.pad_token = _token_text(source.get("pad_token") or self.pad_token)
             named += [_token_text(source[field]) for field in _SPECIAL_FIELDS if source.get(field)]
             named += [_token_text(item) for item in source.get("additional_special_tokens") or []]
         for text in named:
@@ -161,7 +176,7 @@ class Tokenizer:
                     f"{self.folder}: the tokenizer has no {text}; the Hermes-2 template needs a "
                     "vocabulary with the ChatML tokens"
                 )
-        return tokens
+        return tokens, special | set(named)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.folder / name

@@ -16,6 +16,9 @@ slow tokenizer leaves ``<|im_start|>`` to SentencePiece.
 ``legacy`` is true, which is also what a configuration without the key means in 4.37. With false a
 prompt would get one more piece in front, and the published mask could not be followed: it counts
 each pair of turns on its own, and from the second pair on each would be counted a piece too long.
+
+Conversations go through ``tests/parity/reference_preprocessing.py``, so their ids and masks are the
+published ones in every respect that the reference has.
 """
 
 import json
@@ -29,17 +32,12 @@ import transformers
 from transformers import LlamaTokenizer
 
 from examples.internvl_v1_2.demo import tokenizer as demo
+from tests.parity.reference_preprocessing import IGNORED, preprocess
 
 HERE = Path(__file__).parent
-SYSTEM = (
-    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, "
-    "是一个有用无害的人工智能助手。"
-)
 NINE = ["<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>"]
 NINE += ["<ref>", "</ref>", "<box>", "</box>"]
 IMAGE = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
-END = "<|im_end|>"
-HEADER = "<|im_start|>assistant\n"
 
 CORPUS = [
     "What is shown in this picture? The picture shows a red bus beside a street.",
@@ -126,25 +124,89 @@ TEXTS = [
     f"a {IMAGE} b{IMAGE}",
 ]
 
-CONVERSATIONS: list[tuple[int, list[tuple[str, str]]]] = [
-    (0, [("What is this?", "A dog.")]),
-    (0, [("Is <image> a word?", "<image> is\u2581not.")]),
-    (1, [("<image>\nWhat is shown in this picture?", "The picture shows a red bus.")]),
-    (1, [("图中有什么？", "图中有一只猫和两只狗。"), ("左边的人？", "红色的衣服 🙂")]),
-    (2, [("First <image> second <image>.", " leading and trailing "), (" ", "\nnew\n\nline\n")]),
-    (
+CASES: dict[str, tuple[int, int, list[str]]] = {
+    # name: pictures, max_length, texts; a text starts with its role where that is not its turn's
+    "text": (0, 2048, ["What is this?", "A dog."]),
+    "literal_placeholder_text_only": (0, 2048, ["Is <image> a word?", "<image> is\u2581not."]),
+    "placeholder_front": (
         1,
+        2048,
+        ["<image>\nWhat is shown in this picture?", "The picture shows a red bus."],
+    ),
+    "chinese_two_rounds": (
+        1,
+        2048,
+        ["图中有什么？", "图中有一只猫和两只狗。", "左边的人？", "红色的衣服 🙂"],
+    ),
+    "two_images": (
+        2,
+        2048,
+        ["First <image> second <image>.", " leading and trailing ", " ", "\nnew\n\nline\n"],
+    ),
+    "boxes": (
+        1,
+        2048,
         [
-            (
-                "Where is the <ref>dog</ref> in <image>?",
-                "<ref>a dog</ref><box>[[1, 2, 3, 4]]</box>",
-            ),
-            ("And <image>?", "<box>[[5, 6, 7, 8]]</box> <image>"),
-            ("<|im_start|>", "  "),
+            "Where is the <ref>dog</ref> in <image>?",
+            "<ref>a dog</ref><box>[[1, 2, 3, 4]]</box>",
+            "And <image>?",
+            "<box>[[5, 6, 7, 8]]</box> <image> <quad></quad>",
         ],
     ),
-]
-"""Number of pictures, and pairs of question and answer as the data has them."""
+    "placeholder_middle": (1, 2048, ["Describe <image> in detail.", "A red bus."]),
+    "placeholder_end": (1, 2048, ["What is shown?\n<image>", "A red bus."]),
+    "placeholder_missing": (1, 2048, ["What is shown?", "A red bus."]),
+    "placeholder_in_second_round": (1, 2048, ["Hi", "Hello.", "<image> And?", "A dog."]),
+    "second_image_in_second_round": (2, 2048, ["<image> a", "A dog.", "b <image>", "Two dogs."]),
+    "too_few_placeholders": (3, 2048, ["<image> a <image>", "A dog."]),
+    "newline_first": (0, 2048, ["What?", "\nA dog.\n"]),
+    "spaces_only": (0, 2048, [" ", "  "]),
+    # the assistant speaks first
+    "greeting": (0, 2048, ["gpt:Hello.", "human:What is this?", "gpt:A dog."]),
+    "greeting_image": (1, 2048, ["gpt:Hello.", "human:<image>\nWhat?", "gpt:A dog."]),
+    "greeting_image_nowhere": (1, 2048, ["gpt:Hello.", "human:What?", "gpt:A dog."]),
+    "greeting_has_image": (1, 2048, ["gpt:<image>", "human:What?", "gpt:A dog."]),
+    "greeting_alone": (0, 2048, ["gpt:Hello."]),
+    # the template cannot be followed
+    "no_turn": (0, 2048, []),
+    "odd": (0, 2048, ["What is this?", "A dog.", "And?"]),
+    "odd_long": (0, 24, ["What is this?", "A dog and a red bus on the grass.", "And?"]),
+    "role_twice": (0, 2048, ["human:a", "gpt:b", "gpt:c", "human:d"]),
+    "role_unknown": (0, 2048, ["human:a", "gpt:b", "tool:c", "gpt:d"]),
+    "empty_answer": (0, 2048, ["What is this?", ""]),
+    "empty_answer_between": (0, 2048, ["What?", "", "And?", "A dog."]),
+    "empty_question": (0, 2048, ["", "A dog."]),
+    "empty_question_with_image": (1, 2048, ["", "A dog."]),
+    "end_in_question": (0, 2048, ["a<|im_end|>b", "A dog."]),
+    "end_in_answer": (0, 2048, ["What?", "A dog.<|im_end|>"]),
+    "round_in_question": (
+        0,
+        2048,
+        ["a<|im_end|><|im_start|>assistant\nb<|im_end|><|im_start|>user\nc", "A dog."],
+    ),
+    # special tokens written out
+    "img_in_question": (0, 2048, ["What does <img> mean?", "A picture."]),
+    "img_in_answer": (0, 2048, ["Which tag?", "It is <img>."]),
+    "img_beside_image": (1, 2048, ["<image>\nWhat does <img> mean?", "A picture."]),
+    "img_end_beside_image": (1, 2048, ["<image>\nWhat does </img> mean?", "A picture."]),
+    "img_pair": (0, 2048, ["<img>dog.png</img> What?", "A dog."]),
+    "img_context": (0, 2048, ["What is <IMG_CONTEXT>?", "A word."]),
+    "start_in_question": (0, 2048, ["What is <|im_start|>?", "A mark."]),
+    "bos_in_question": (0, 2048, ["What is <|startoftext|>?", "A mark."]),
+    "end_of_text_in_answer": (0, 2048, ["Which?", "<|endoftext|>"]),
+    "pad_in_question": (0, 2048, ["What is <unk>?", "A word."]),
+    # cut on the right: 15 ids before an answer of 8; of two pictures, the second is ids 27 to 32
+    "cut_nowhere": (0, 23, ["What?", "A dog and a red bus."]),
+    "cut_end_mark": (0, 22, ["What?", "A dog and a red bus."]),
+    "cut_in_answer": (0, 18, ["What?", "A dog and a red bus."]),
+    "cut_before_answer": (0, 15, ["What?", "A dog and a red bus."]),
+    "cut_leaves_one": (0, 16, ["What?", "A dog and a red bus."]),
+    "cut_in_second_round": (0, 30, ["What?", "A dog and a red bus.", "And?", "A cat."]),
+    "cut_in_image": (1, 12, ["<image>\nWhat?", "A dog."]),
+    "cut_in_second_image": (2, 32, ["<image> a", "A dog.", "<image>", "Two dogs."]),
+    "cut_after_second_image": (2, 33, ["<image> a", "A dog.", "<image>", "Two dogs."]),
+    "cut_before_second_image": (2, 27, ["<image> a", "A dog.", "<image>", "Two dogs."]),
+}
 
 
 def write_tokenizer() -> None:
@@ -162,34 +224,19 @@ def write_tokenizer() -> None:
     (HERE / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def with_images(num_images: int, turns: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The first placeholders become image blocks; a first question without one gets one."""
-    if num_images and "<image>" not in turns[0][0]:
-        turns = [("<image>\n" + turns[0][0], turns[0][1]), *turns[1:]]
-    joined = "\0".join(text for pair in turns for text in pair)
-    texts = iter(joined.replace("<image>", IMAGE, num_images).split("\0"))
-    return list(zip(texts, texts, strict=True))
-
-
-def prompt_of(turns: list[tuple[str, str]]) -> str:
-    """A conversation as the template has it."""
-    text = f"<|im_start|>system\n{SYSTEM}{END}"
-    for question, answer in turns:
-        text += f"<|im_start|>user\n{question}{END}{HEADER}{answer}{END}"
-    return text
-
-
-def supervised(slow: LlamaTokenizer, turns: list[tuple[str, str]]) -> list[int]:
-    """The published mask: each pair is counted on its own, up to its header and up to its end."""
-    mask: list[int] = []
-    before = f"<|im_start|>system\n{SYSTEM}{END}"
-    for question, answer in turns:
-        instruction = f"{before}<|im_start|>user\n{question}{END}{HEADER}"
-        num_masked = len(slow(instruction)["input_ids"])
-        num_tokens = len(slow(instruction + answer)["input_ids"]) + 1  # and its mark of the end
-        mask += [0] * num_masked + [1] * (num_tokens - num_masked)
-        before = ""
-    return mask
+def entry_of(num_images: int, texts: list[str]) -> dict[str, Any]:
+    """A case as a json line."""
+    turns = []
+    for number, text in enumerate(texts):
+        role, colon, rest = text.partition(":")
+        named = colon and role in ("human", "gpt", "tool")
+        turns.append(
+            {
+                "from": role if named else ("human", "gpt")[number % 2],
+                "value": rest if named else text,
+            }
+        )
+    return {"image": [f"{number}.png" for number in range(num_images)], "conversations": turns}
 
 
 def slow_tokenizer(legacy: bool | None) -> LlamaTokenizer:
@@ -207,19 +254,26 @@ def encode_all() -> dict[str, Any]:
         ids = slow(text)["input_ids"]
         assert ids == default(text)["input_ids"]
         texts.append({"text": text, "ids": ids})
-    for num_images, raw in CONVERSATIONS:
-        turns = with_images(num_images, raw)
-        prompt = prompt_of(turns)
-        ids, mask = slow(prompt)["input_ids"], supervised(slow, turns)
-        assert len(mask) == len(ids), prompt
+    for name, (num_images, max_length, case) in CASES.items():
+        entry = entry_of(num_images, case)
+        published = preprocess(
+            entry,
+            lambda text: list(slow(text)["input_ids"]),
+            tokens_per_image=4,
+            max_length=max_length,
+            pad_id=slow.pad_token_id,
+            image_end_id=slow.convert_tokens_to_ids("</img>"),
+        )
         conversations.append(
             {
-                "num_images": num_images,
-                "turns": raw,
-                "prompt": prompt,
-                "ids": ids,
-                "supervised": mask,
-                "ids_if_not_legacy": other(prompt)["input_ids"],
+                "name": name,
+                **entry,
+                "max_length": max_length,
+                "failure": published.failure,
+                "trained": published.trained,
+                "ids": published.ids,
+                "supervised": [int(target != IGNORED) for target in published.targets],
+                "ids_if_not_legacy": other(published.prompt)["input_ids"],
             }
         )
     return {"vocab_size": len(slow), "texts": texts, "conversations": conversations}

@@ -147,3 +147,14 @@ def test_a_record_keeps_its_text_as_it_stands() -> None:
 def test_a_broken_line_is_named_with_its_number(text: str | dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse(text)
+
+
+def test_half_a_character_is_refused_and_a_whole_one_is_not() -> None:
+    """JSON can spell half of a surrogate pair, which no file and no tokenizer can hold."""
+    text = b'{"id": "%s", "conversations": [{"from": "human", "value": "a %s b"}]}'
+    pair = b"\\ud83d\\uDE42"
+    record = parse_record(text % (b"x", pair), file=Path("a.jsonl"), line=3)
+    assert record.turns[0].text == "a 🙂 b"
+    for fields in ((b"x", b"\\ud83d"), (b"\\uDE42", b"y")):
+        with pytest.raises(DataError, match=r"a\.jsonl:3: half a character .*rewrite the text"):
+            parse_record(text % fields, file=Path("a.jsonl"), line=3)

@@ -72,7 +72,17 @@ def test_text_only_keeps_the_literal() -> None:
 def test_a_first_turn_that_is_not_human_is_dropped() -> None:
     greeting = Turn(role="gpt", text="<image> hello")
     assert prompt([greeting, *turns("q", "a")]) == prompt(turns("q", "a"))
-    assert prompt([greeting, *turns("q", "a")], 1) == prompt(turns("q", "a"), 1)
+    with_image = turns("<image> q", "a")
+    assert prompt([greeting, *with_image], 1) == prompt(with_image, 1)
+
+
+@pytest.mark.parametrize("text", ["hello", "<image> hello"])
+def test_a_placeholder_is_not_put_behind_a_dropped_turn(text: str) -> None:
+    """The published code puts it before the first turn, and then drops that turn."""
+    found = rejection([Turn(role="gpt", text=text), *turns("q", "a")], 1)
+    assert found.reason == Reason.IMAGE_COUNT
+    assert "1 images but 0 <image> in the conversation" in found.detail
+    assert "one is put before the first turn, but only where that is from human" in found.detail
 
 
 def test_the_system_message_can_be_set() -> None:
@@ -117,3 +127,14 @@ def test_what_breaks_the_template_is_a_reason(
 
 def test_an_empty_first_question_with_an_image_is_the_image_alone() -> None:
     assert f"user\n{BLOCK}\n<|im_end|>" in prompt(turns("", "a"), num_images=1)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_reserved_texts_are_refused_in_any_turn(number: int) -> None:
+    conversation = turns("q", "a")
+    conversation[number] = Turn(role=conversation[number].role, text="a <img> b")
+    found = render(conversation, num_images=0, embeddings_per_image=2, reserved=("<s>", "<img>"))
+    assert isinstance(found, Rejection) and found.reason == Reason.LITERAL_SPECIAL_TOKEN
+    role = conversation[number].role
+    assert f"turn {number} ({role}) contains the literal <img>" in found.detail
+    assert prompt(conversation)

@@ -59,8 +59,9 @@ def test_augmentation_depends_on_its_key_alone() -> None:
     assert len({pixels(sample_id=sample_id) for sample_id in range(8)}) > 3
 
 
-def test_augmentation_quality_is_within_75_and_100(monkeypatch: pytest.MonkeyPatch) -> None:
-    qualities = []
+def spy_on_qualities(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A list that fills with the quality of every JPEG that is written."""
+    qualities: list[object] = []
     save = Image.Image.save
 
     def spy(self: Image.Image, *args: object, **options: object) -> None:
@@ -68,6 +69,11 @@ def test_augmentation_quality_is_within_75_and_100(monkeypatch: pytest.MonkeyPat
         save(self, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Image.Image, "save", spy)
+    return qualities
+
+
+def test_augmentation_quality_is_within_75_and_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    qualities = spy_on_qualities(monkeypatch)
     for sample_id in range(300):
         augment(Image.new("RGB", (8, 8)), seed=0, sample_id=sample_id, slot=0, epoch=0)
     assert set(qualities) == set(range(75, 101))
@@ -87,7 +93,7 @@ def test_a_broken_picture_is_named(
     elif kind == "bomb":
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         noise(64, 64).save(path, format="png")
-        message = "the image is too large"
+        message = "the image is too large, a decompression bomb .*4096 pixels"
     elif kind == "missing":
         message = "the image does not exist; check the set's root"
     else:
@@ -105,3 +111,40 @@ def test_sound_pictures_of_any_size_pass(
     noise(*size).save(path)
     verify_image(path)
     assert preprocess(load_image(path), 28).shape == (3, 28, 28)
+
+
+@pytest.fixture(scope="module")
+def bomb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real one: 400 million pixels in 50 KB."""
+    path = tmp_path_factory.mktemp("bomb") / "bomb.png"
+    Image.new("1", (20_000, 20_000)).save(path)
+    assert path.stat().st_size < 100_000
+    return path
+
+
+@pytest.mark.parametrize("check", [load_image, verify_image])
+@pytest.mark.parametrize("pillow_refuses", [True, False])
+def test_a_decompression_bomb_is_refused_whatever_pillow_says(
+    bomb: Path, monkeypatch: pytest.MonkeyPatch, check: object, pillow_refuses: bool
+) -> None:
+    if not pillow_refuses:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    message = (
+        r"bomb\.png: the image is too large, .*400,?000,?000 pixels.*at most 178,956,970 pixels"
+    )
+    with pytest.raises(DataError, match=message):
+        check(bomb)  # type: ignore[operator]
+
+
+def test_a_picture_too_long_for_a_jpeg_cannot_be_augmented() -> None:
+    message = "data_augment cannot make a JPEG of 1 x 70000 pixels .*turn data_augment off"
+    with pytest.raises(DataError, match=message):
+        augment(Image.new("RGB", (1, 70_000)), seed=0, sample_id=0, slot=0, epoch=0)
+
+
+def test_augmentation_is_the_same_in_every_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qualities of the first samples, so that an old run can be repeated."""
+    qualities = spy_on_qualities(monkeypatch)
+    for sample_id in range(6):
+        augment(Image.new("RGB", (1, 1)), seed=42, sample_id=sample_id, slot=0, epoch=0)
+    assert qualities == [75, 93, 93, 86, 76, 90]

@@ -1,6 +1,7 @@
 """Ids, labels and cuts: counted by hand with one id a character, and against the published code."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mmlm.data.rejection import Reason, Rejection
 from mmlm.data.sample import SampleSettings, TokenizedSample, build_sample, measure, tokenize
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import DataError
+from tests.parity.reference_preprocessing import preprocess as preprocess_as_published
 
 SPECIAL = {"<|im_start|>": -1, "<|im_end|>": -2, "<img>": -3, "<IMG_CONTEXT>": -4, "</img>": -5}
 
@@ -24,6 +26,7 @@ class CharacterTokenizer:
     """One id a character (its code point), negative ids for special tokens."""
 
     img_context_id = SPECIAL["<IMG_CONTEXT>"]
+    special_literals = tuple(SPECIAL)
 
     def encode(self, text: str) -> list[int]:
         parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
@@ -134,26 +137,6 @@ def test_a_broken_template_is_passed_on() -> None:
     assert rejected(record("q", "a", "r")).reason == Reason.ODD_TURNS
 
 
-def published_labels(prompt: str, tokenizer: Tokenizer) -> list[int]:
-    """InternVL's preprocess_mpt, which trains Hermes-2: mask by the lengths of the turns' heads."""
-    ids = tokenizer.encode(prompt)
-    target = list(ids)
-    separator = "<|im_end|><|im_start|>assistant\n"
-    turns = prompt.split("<|im_end|>")
-    rounds = ["<|im_end|>".join(turns[:3])]
-    rounds += ["<|im_end|>".join(turns[i : i + 2]) for i in range(3, len(turns), 2)]
-    place = 0
-    for text in rounds:
-        if not text:
-            break
-        head = text.split(separator)[0] + separator
-        num_masked = len(tokenizer.encode(head))
-        target[place : place + num_masked] = [-100] * num_masked
-        place += len(tokenizer.encode(text)) + 1
-    assert place == len(ids)
-    return target
-
-
 def test_labels_equal_the_published_masking(dataset: Dataset, tokenizer: Tokenizer) -> None:
     settings = SampleSettings(seq_length=4096, image_size=56, embeddings_per_image=4)
     texts = ("What?", "\nA line first", "再问", " 红色。\n\n")
@@ -165,7 +148,16 @@ def test_labels_equal_the_published_masking(dataset: Dataset, tokenizer: Tokeniz
         prompt = "".join(piece.text for piece in pieces)
         assert SYSTEM_MESSAGE in prompt
         assert sample.input_ids.tolist() == tokenizer.encode(prompt)
-        assert [-100, *sample.labels[:-1].tolist()] == published_labels(prompt, tokenizer)
+        turns = [{"from": turn.role, "value": turn.text} for turn in entry.turns]
+        published = preprocess_as_published(
+            {"image": list(entry.images), "conversations": turns},
+            tokenizer.encode,
+            tokens_per_image=4,
+            max_length=4096,
+            pad_id=-1,
+            image_end_id=tokenizer.added_tokens["</img>"],
+        )
+        assert sample.labels.tolist() == published.shifted
 
 
 def test_boxes_in_answers_are_tokens_and_supervised(tokenizer: Tokenizer) -> None:
@@ -233,3 +225,23 @@ def test_a_picture_that_vanished_names_sample_and_path(tmp_path: Path) -> None:
 def test_a_record_that_broke_names_its_place(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:3 \(set 'tiny', id 'x'\): odd_turns: 1 turns"):
         build(record("q"), tmp_path)
+
+
+def test_augmentation_that_fails_names_the_record(tmp_path: Path) -> None:
+    Image.new("L", (70_000, 1)).save(tmp_path / "long.png")
+    entry = record("<image>", "a", images=("long.png",))
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:3 .*data_augment cannot make a JPEG of 70000 x 1"
+    ):
+        build(entry, tmp_path, data_augment=True)
+    assert build(entry, tmp_path).pixel_values.shape == (1, 3, 28, 28)
+
+
+def test_a_spelled_special_token_is_left_out_or_followed(tokenizer: Tokenizer) -> None:
+    entry = record("What is <|im_start|>?", "A mark.")
+    settings = SampleSettings(seq_length=256, image_size=28, embeddings_per_image=2)
+    found = tokenize(entry, tokenizer, settings)
+    assert isinstance(found, Rejection) and found.reason == Reason.LITERAL_SPECIAL_TOKEN
+    found = tokenize(entry, tokenizer, replace(settings, special_literals="tokens"))
+    assert isinstance(found, TokenizedSample)
+    assert found.input_ids.tolist().count(tokenizer.im_start_id) == 4

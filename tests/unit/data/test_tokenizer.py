@@ -86,6 +86,9 @@ def test_the_fingerprint_follows_what_changes_encodings(
     assert Tokenizer(folder).fingerprint == tokenizer.fingerprint
     (folder / "added_tokens.json").write_text('{"<new>": 448}')
     assert Tokenizer(folder).fingerprint != tokenizer.fingerprint
+    (folder / "added_tokens.json").unlink()
+    (folder / "special_tokens_map.json").write_text('{"pad_token": "<unk>"}')
+    assert Tokenizer(folder).fingerprint != tokenizer.fingerprint
     other = make_tokenizer(tmp_path / "other", vocab_size=440)
     assert Tokenizer(other).fingerprint != tokenizer.fingerprint
 
@@ -94,6 +97,23 @@ def test_chatml_tokens_are_found_without_json_files(folder: Path, tokenizer: Tok
     for path in folder.glob("*.json"):
         path.unlink()
     assert Tokenizer(folder).encode("<|im_end|>") == [tokenizer.im_end_id]
+
+
+def test_special_literals_are_all_special_tokens_but_those_of_regions(
+    tokenizer: Tokenizer, folder: Path
+) -> None:
+    special = "</img> </s> <IMG_CONTEXT> <img> <s> <unk> <|im_end|> <|im_start|>"
+    assert " ".join(tokenizer.special_literals) == special
+    assert tokenizer.pad_token == ""
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"]["448"] = {"content": "<tool>", "special": True}
+    config["added_tokens_decoder"]["449"] = {"content": "hello", "special": False}
+    config["added_tokens_decoder"]["450"] = {"content": "<box>", "special": True}
+    config["pad_token"] = {"content": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    other = Tokenizer(folder)
+    assert set(other.special_literals) - set(tokenizer.special_literals) == {"<tool>"}
+    assert other.pad_token == "<unk>"
 
 
 def test_an_id_outside_the_vocabulary_is_refused(tokenizer: Tokenizer) -> None:
