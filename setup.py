@@ -31,7 +31,15 @@ GPU = [
     "transformer-engine[pytorch]>=2.9,<2.12",
 ]
 
+# What `mmlm data prepare` needs to download and to read parquet files.
+DATA = [
+    # The command `hf` is new in 0.34.
+    "huggingface_hub>=0.34",
+    "pyarrow>=15",
+]
+
 DEV = [
+    *DATA,
     "hypothesis>=6.100",
     "import-linter>=2.1",
     "mypy>=1.13",
@@ -52,6 +60,6 @@ setup(
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["mmlm", "mmlm.*"]),
     install_requires=RUNTIME,
-    extras_require={"gpu": GPU, "dev": DEV},
+    extras_require={"data": DATA, "gpu": GPU, "dev": DEV},
     entry_points={"console_scripts": ["mmlm = mmlm.cli:main"]},
 )
