@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmlm.errors import ConfigError
+from mmlm.preparation.command import add_parser as add_prepare_parser
 
 if TYPE_CHECKING:
     from mmlm.config.model import VisionConfig
@@ -23,6 +24,7 @@ def add_data_parser(commands: Commands) -> None:
     """Add ``data`` and its topics to the commands of ``mmlm``."""
     data = commands.add_parser("data", help="prepare, check and look at training data")
     topics = data.add_subparsers(dest="topic", required=True, metavar="TOPIC")
+    add_prepare_parser(topics)
     _add_check(topics)
 
 
