@@ -4,6 +4,7 @@ Sample ids count through the sets in the order of the meta's keys, repeated list
 excluded records too, so an id does not change when a broken record is mended.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -132,6 +133,12 @@ class Dataset:
         number = int(np.searchsorted(self._starts, sample_id, side="right")) - 1
         index = self.indexes[number]
         return index, int(sample_id - self._starts[number]) % index.num_records
+
+
+def cache_folder(cache_dir: str | Path, meta: str | Path) -> Path:
+    """Return where the indexes of a meta json are kept below ``data.cache_dir``."""
+    name = hashlib.sha256(str(Path(meta).resolve()).encode()).hexdigest()[:8]
+    return Path(cache_dir) / f"{Path(meta).stem}-{name}"
 
 
 def open_dataset(

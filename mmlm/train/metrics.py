@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from mmlm.data.dataset import Dataset
+from mmlm.data.ledger import count_entries
 from mmlm.data.step_plan import StepPlan
 from mmlm.parallel.topology import Topology
 from mmlm.train.train_step import StepResult
@@ -42,6 +44,7 @@ class MetricsLog:
         show_progress: bool = True,
     ) -> None:
         self._topology = topology
+        self._start_iteration = start_iteration
         self._clock = time.perf_counter()
         self._outputs: _Outputs | None = None
         if topology.rank == 0:
@@ -104,6 +107,15 @@ class MetricsLog:
                 f"evaluation after {iteration} iterations: loss {report['total']['loss']:.4f}, "
                 f"exact match {report['total']['exact_match']:.1%}"
             )
+
+    def log_ledger(self, dataset: Dataset) -> None:
+        """Record how many records are left out, cut, changed or odd, and why (rank 0 writes)."""
+        if self._outputs is None:
+            return
+        for action, reasons in count_entries(dataset.ledger()).items():
+            for reason, count in reasons.items():
+                name = f"data_ledger/{action.value}/{reason.value}"
+                self._outputs.board.add_scalar(name, count, self._start_iteration)
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar (rank 0)."""

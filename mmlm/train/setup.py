@@ -1,6 +1,5 @@
 """Everything a run needs, built once from its configuration."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mmlm.config.load import to_json
 from mmlm.config.model import ModelConfig
 from mmlm.config.schema import RunConfig
 from mmlm.conversion.hf_weights import load_hf_weights, open_weights
-from mmlm.data.dataset import Dataset, open_dataset
+from mmlm.data.dataset import Dataset, cache_folder, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
@@ -150,7 +149,7 @@ def data_fingerprint(dataset: Dataset) -> dict[str, Any]:
     sets = [
         [
             index.annotation_set.name,
-            index.annotation_set.repeats * int(index.column("usable").sum()),
+            index.annotation_set.repeats * index.num_usable,
         ]
         for index in dataset.indexes
     ]
@@ -202,9 +201,7 @@ def open_data(
         image_size=model.vision.image_size,
         embeddings_per_image=model.vision.embeddings_per_image,
     )
-    name = hashlib.sha256(str(Path(meta).resolve()).encode()).hexdigest()[:8]
-    cache = Path(config.data.cache_dir or Path(config.output_dir) / "data_cache")
-    cache = cache / f"{Path(meta).stem}-{name}"
+    cache = cache_folder(config.data.cache_dir or Path(config.output_dir) / "data_cache", meta)
 
     def read(build: bool) -> Dataset:
         return open_dataset(

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_re
 
 from mmlm.config.schema import RunConfig
 from mmlm.data.dataset import Dataset
+from mmlm.data.ledger import count_entries, describe_counts
 from mmlm.data.planners import TrainPlanner
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import PARTS, model_state
@@ -124,13 +125,14 @@ def _data_lines(config: RunConfig, dataset: Dataset, planner: TrainPlanner) -> l
     images = int(table.num_images[table.usable].sum())
     lines = [
         f"data        {len(table.usable):,} samples in {len(dataset.indexes)} sets, {tokens:,} "
-        f"tokens, {images:,} images; {len(dataset.exclusions):,} left out",
+        f"tokens, {images:,} images",
     ]
     for index in dataset.indexes:
         entry = index.annotation_set
-        lines.append(
-            f"  {entry.name:<52}{int(index.column('usable').sum()) * entry.repeats:>9,} samples"
-        )
+        lines.append(f"  {entry.name:<52}{index.num_usable * entry.repeats:>9,} samples")
+    counts = count_entries(dataset.ledger())
+    where = f"; see {dataset.ledger_file}" if counts else ""
+    lines.append(f"ledger      {describe_counts(counts)}{where}")
     first = planner.plan(0)
     lines.append(
         f"a step      {first.num_samples} samples -> {first.num_rows} packs of "

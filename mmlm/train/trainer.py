@@ -83,6 +83,7 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
         start_iteration=run.start.iteration,
         train_iters=run.train_iters,
     )
+    metrics.log_ledger(run.dataset)
     with BatchLoader(
         run.dataset,
         run.planner,

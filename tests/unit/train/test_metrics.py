@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mmlm.data.ledger import LedgerEntry
+from mmlm.data.rejection import Reason
 from mmlm.data.step_plan import StepPlan
 from mmlm.train.metrics import MetricsLog, peak_memory_bytes
 from mmlm.train.train_step import StepResult
@@ -49,6 +51,18 @@ def _log(folder: str, start: int, end: int) -> list[dict[str, Any]]:
     log.log_evaluation(end, {"total": {"loss": 0.5, "exact_match": 0.75}})
     log.close()
     return lines
+
+
+def _log_ledger(folder: str) -> None:
+    place: Any = SimpleNamespace(rank=dist.get_rank(), device=CPU)
+    log = MetricsLog(Path(folder), place, start_iteration=0, train_iters=9, show_progress=False)
+    reasons = [Reason.ODD_TURNS, Reason.LONGER_THAN_SEQ_LENGTH, Reason.ODD_TURNS]
+    entries = [
+        LedgerEntry(set_name="a", file="a.jsonl", line=line, identity="", reason=reason, detail="")
+        for line, reason in enumerate(reasons, start=1)
+    ]
+    log.log_ledger(SimpleNamespace(ledger=lambda: entries))  # type: ignore[arg-type]
+    log.close()
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -102,6 +116,22 @@ def test_tensorboard_has_the_scalars(tmp_path: Path) -> None:
     assert losses == [(k, pytest.approx(1 / 3 + k, rel=1e-6)) for k in range(3)]
     assert [(e.step, e.value) for e in board.Scalars("eval/exact_match")] == [(2, 0.75)]
     assert "train/iteration" not in board.Tags()["scalars"]
+
+
+@pytest.mark.distributed
+def test_tensorboard_counts_the_ledger(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_ranks(1, _log_ledger, str(tmp_path))
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    found = {
+        tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in board.Tags()["scalars"]
+    }
+    assert found == {
+        "data_ledger/excluded/odd_turns": [(0, 2.0)],
+        "data_ledger/truncated/longer_than_seq_length": [(0, 1.0)],
+    }
 
 
 @pytest.mark.distributed
