@@ -5,19 +5,44 @@ status. What they call is imported when it is needed, so that ``--help`` is quic
 """
 
 import argparse
-from dataclasses import replace
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from mmlm.data_arguments import add_sample_arguments, check_meta, read_sample_arguments
 from mmlm.errors import ConfigError
 from mmlm.preparation.command import add_parser as add_prepare_parser
 
-if TYPE_CHECKING:
-    from mmlm.config.model import VisionConfig
-    from mmlm.data.sample import SampleSettings
-    from mmlm.data.tokenizer import Tokenizer
-
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+CHECK_DESCRIPTION = """\
+Judge every record of every set as a training would: the JSON, the turns, the
+placeholders against the pictures, the pictures (each is decoded to its end), the
+length, the supervised tokens that are left after the cut. Ids that occur twice are
+reported, but are no fault. Nothing in the data is changed.
+"""
+
+CHECK_EPILOG = """\
+examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has made):
+    mmlm data check work_dirs/demo_cache/internvl_1_2_finetune.json \\
+        --load work_dirs/demo_cache/converted
+  the published data, with the tokenizer of the LLM:
+    mmlm data check playground/internvl_1_2_finetune.json \\
+        --tokenizer pretrained/Nous-Hermes-2-Yi-34B --output work_dirs/check
+  so that a training with --set data.cache_dir=work_dirs/data_cache need not measure:
+    mmlm data check META --load CKPT --cache-dir work_dirs/data_cache
+
+A check that is killed goes on where it was when the same command is given again.
+A finished one judges everything again, unless --reuse says otherwise.
+
+what is in the report's folder:
+  report.txt          the table that is printed
+  report.json         the same for machines: version, passed, num_dropped, sets, total
+  lengths.png         histograms of lengths
+  data_ledger.jsonl   a line for each record that is excluded, truncated, repaired or noted:
+                      set, file, line, id, action, reason, detail
+exit status: 0; 1 if a record cannot be used and --policy is strict, or for an error
+"""
 
 
 def add_data_parser(commands: Commands) -> None:
@@ -38,103 +63,76 @@ def run_data(options: argparse.Namespace) -> int:
     return status
 
 
-def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what decides the tokens of a sample: tokenizer, length and image size."""
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--tokenizer", metavar="DIR", help="folder with tokenizer.model")
-    source.add_argument(
-        "--load", metavar="CKPT", help="checkpoint: its tokenizer, its image size, its seq_length"
-    )
-    source.add_argument(
-        "--load-hf",
-        metavar="DIR",
-        help="HuggingFace weights: a combined InternVL-Chat folder, or a folder with the parts as "
-        "vision/ and llm/",
-    )
-    parser.add_argument(
-        "--seq-length",
-        type=int,
-        metavar="N",
-        help="tokens at which a sample is cut (default: the checkpoint's, otherwise 2048)",
-    )
-    parser.add_argument(
-        "--image-size",
-        type=int,
-        metavar="S",
-        help="pixels along a side; a picture takes (S // 14)^2 / 4 tokens (default: the model's, "
-        "otherwise 448, which is 256 tokens)",
-    )
-
-
-def read_sample_arguments(
-    options: argparse.Namespace,
-) -> "tuple[Tokenizer, SampleSettings]":
-    """Open the tokenizer and find the sizes that `add_sample_arguments` asked for.
-
-    Raises:
-        MmlmError: a folder is missing or cannot be used, or a size breaks a rule.
-    """
-    from mmlm.config.presets import internvit_6b_448px
-    from mmlm.data.sample import SampleSettings
-    from mmlm.data.tokenizer import Tokenizer
-
-    vision, seq_length = internvit_6b_448px(), 2048
-    if options.load:
-        from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest, resolve
-
-        checkpoint = resolve(Path(options.load))
-        manifest = Manifest.read(checkpoint)
-        vision, folder = manifest.model.vision, checkpoint / ASSETS_DIR
-        if manifest.run_config is not None:
-            seq_length = manifest.run_config["data"]["seq_length"]
-    elif options.load_hf:
-        vision, folder = _hf_model(Path(options.load_hf))
-    else:
-        folder = Path(options.tokenizer)
-    seq_length = seq_length if options.seq_length is None else options.seq_length
-    if seq_length < 8:
-        raise ConfigError(f"--seq-length {seq_length}: must be at least 8")
-    if options.image_size is not None:
-        vision = replace(vision, image_size=options.image_size)
-    settings = SampleSettings(
-        seq_length=seq_length,
-        image_size=vision.image_size,
-        embeddings_per_image=vision.embeddings_per_image,
-    )
-    return Tokenizer(folder), settings
-
-
-def _hf_model(folder: Path) -> "tuple[VisionConfig, Path]":
-    """The tower's sizes and the folder of the tokenizer; no weights are looked at."""
-    from mmlm.conversion.hf_config import read_combined, read_parts
-
-    vision, llm = folder / "vision", folder / "llm"
-    if (folder / "config.json").is_file():
-        return read_combined(folder).model.vision, folder
-    if vision.is_dir() and llm.is_dir():
-        return read_parts(vision, llm).model.vision, llm
-    found = "has neither config.json nor vision/ and llm/" if folder.is_dir() else "does not exist"
-    raise ConfigError(
-        f"--load-hf {folder}: {found}; give a combined InternVL-Chat folder, or one that holds "
-        "the ViT as vision/ and the LLM as llm/"
-    )
-
-
-def check_meta(meta: str) -> None:
-    """Refuse a meta json that does not exist, before anything heavy is imported."""
-    if not Path(meta).is_file():
-        raise ConfigError(f"META: the file '{meta}' does not exist")
-
-
 def _add_check(topics: Commands) -> None:
-    check = topics.add_parser("check", help="judge every line and every picture of the sets")
+    check = topics.add_parser(
+        "check",
+        help="judge every record and every picture before a training does",
+        description=CHECK_DESCRIPTION,
+        epilog=CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     check.add_argument("meta", metavar="META", help="meta json of the sets")
     add_sample_arguments(check)
+    check.add_argument(
+        "--policy",
+        choices=("strict", "skip"),
+        default="strict",
+        help="strict: exit status 1 if any record cannot be used; skip: that is accepted "
+        "(default: strict)",
+    )
+    check.add_argument(
+        "--num-workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that judge (default: one a core, here %(default)s)",
+    )
+    check.add_argument(
+        "--output",
+        metavar="DIR",
+        help="folder of the report (default: work_dirs/data_check/NAME, NAME being the meta "
+        "json's)",
+    )
+    check.add_argument(
+        "--cache-dir",
+        metavar="DIR",
+        help="folder of the length indexes: the data.cache_dir of a training (default: cache/ in "
+        "the report's folder)",
+    )
+    check.add_argument(
+        "--reuse",
+        action="store_true",
+        help="take what a finished check or training has measured, instead of judging again",
+    )
     check.set_defaults(run=run_check)
 
 
 def run_check(options: argparse.Namespace) -> int:
-    """``mmlm data check``."""
+    """``mmlm data check``.
+
+    Returns:
+        0, or 1 where a record cannot be used and the policy is strict.
+    """
     check_meta(options.meta)
-    read_sample_arguments(options)
-    return 0
+    if options.num_workers < 1:
+        raise ConfigError(f"--num-workers {options.num_workers}: must be at least 1")
+    from mmlm.data.dataset import cache_folder
+    from mmlm.data.preflight import check_data
+    from mmlm.data.preflight_report import format_report, verdict, write_report
+
+    tokenizer, settings = read_sample_arguments(options)
+    name = Path(options.meta).stem
+    output = Path(options.output or Path("work_dirs") / "data_check" / name)
+    report = check_data(
+        options.meta,
+        tokenizer,
+        settings,
+        cache_dir=cache_folder(options.cache_dir or output / "cache", options.meta),
+        num_workers=options.num_workers,
+        again=not options.reuse,
+    )
+    write_report(report, output, options.policy)
+    print(format_report(report))
+    print(verdict(report, options.policy))
+    print(f"written     {output}: report.json, report.txt, lengths.png, data_ledger.jsonl")
+    return 1 if report.exclusions and options.policy == "strict" else 0
