@@ -4,7 +4,7 @@ Errors are relative: of a loss by its value, of a tensor by its norm.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -63,6 +63,11 @@ class Scenario:
     dtype: str = "fp32"
     """bf16: computed in bf16, from weights that bf16 holds exactly."""
 
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """Small steps in bf16: after large ones a loss differs by chaos more than by rounding."""
+        return replace(OPTIMIZER, lr=OPTIMIZER.lr / 10) if self.dtype == "bf16" else OPTIMIZER
+
     def config(self) -> dict[str, Any]:
         """Sizes in HuggingFace's words."""
         heads, groups = self.language_heads
@@ -108,7 +113,7 @@ class Scenario:
             dict(self.model().state_dict()),
             make_samples(NUM_SAMPLES, CONTEXT, images_of_sample=self.images),
             self.train_config(**changes),
-            OPTIMIZER,
+            self.optimizer,
             self.num_iterations,
         )[0]
 
@@ -185,15 +190,16 @@ def reference_gradients(
 @cache
 def reference_run(scenario: Scenario, compute_dtype: torch.dtype | None = None) -> TrainingRun:
     """A few steps of torch's AdamW; in the weights' own fp32 unless another type is given."""
+    optimizer = scenario.optimizer
     return train(
         scenario.model(),
         reference_batches(scenario),
-        cosine_learning_rates(OPTIMIZER.lr, scenario.num_iterations, OPTIMIZER.lr_warmup_fraction),
+        cosine_learning_rates(optimizer.lr, scenario.num_iterations, optimizer.lr_warmup_fraction),
         img_context_token_id=CONTEXT,
         weight=scenario.weight,
-        eps=OPTIMIZER.adam_eps,
-        weight_decay=OPTIMIZER.weight_decay,
-        clip=OPTIMIZER.clip_grad,
+        eps=optimizer.adam_eps,
+        weight_decay=optimizer.weight_decay,
+        clip=optimizer.clip_grad,
         drop_path=_drop_path(scenario),
         compute_dtype=compute_dtype,
         group_size=scenario.group_size,
