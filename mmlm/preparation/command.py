@@ -1,6 +1,7 @@
 """``mmlm data prepare``: from nothing to a meta json, stage by stage."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -35,7 +36,7 @@ The guide with sizes, sources and the resulting tree is docs/data.md.
 """
 
 STAGES = {
-    "all": "the stages below in this order; those without anything to do are skipped",
+    "all": "download, unpack, sam, synthdog, ocr-vqa, meta and status, one after the other",
     "download": "fetch the dataset repository or the individual sources",
     "unpack": "unpack the archives in ROOT/data and ROOT/downloads into the published folders",
     "sam": "of the archives in ROOT/downloads/sam, the pictures that the annotations name",
@@ -181,7 +182,7 @@ def _print_commands(playground: "Playground", options: argparse.Namespace) -> in
     if options.stage == "all":
         print("# the rest is done here")
         for stage in ("unpack", "sam", "synthdog", "ocr-vqa", "meta", "status"):
-            print(f"mmlm data prepare {stage} --root {playground.root}")
+            print(shlex.join(["mmlm", "data", "prepare", stage, "--root", str(playground.root)]))
     return 0
 
 

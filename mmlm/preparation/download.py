@@ -25,7 +25,7 @@ Origin = Literal["repository", "individual"]
 _INSTALL = {
     "hf": "pip install 'mmlm[data]'",
     "gdown": "pip install gdown",
-    "wget": "install wget or curl with the system's package manager",
+    "wget": "install it with the system's package manager",
 }
 
 
@@ -188,9 +188,6 @@ def _source_command(playground: Playground, source: Source) -> DownloadCommand:
     part = folder / f"{source.file}.part"
     if source.tool == Tool.DRIVE:
         argv = ("gdown", "--continue", "--output", str(part), source.address)
-    elif find_program("wget") is None and find_program("curl") is not None:
-        argv = ("curl", "--fail", "--location", "--retry", "10", "--continue-at", "-")
-        argv = (*argv, "--output", str(part), source.address)
     else:
         argv = ("wget", "--continue", "--tries", "10", "--output-document", str(part))
         argv = (*argv, source.address)

@@ -86,7 +86,7 @@ class Tool(StrEnum):
     """What fetches a source."""
 
     URL = "url"
-    """wget, or curl where there is no wget."""
+    """wget, one file."""
     HUGGINGFACE = "huggingface"
     """hf, of the package huggingface_hub."""
     DRIVE = "drive"

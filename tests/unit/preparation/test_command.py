@@ -125,7 +125,7 @@ def test_printed_commands_are_a_script(capsys: pytest.CaptureFixture[str], tmp_p
     assert prepare("all", "--source", "individual", "--print-commands", "--root", root) == 0
     script = capsys.readouterr().out
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-    assert "\nmmlm data prepare status --root " in script
+    assert f"\nmmlm data prepare status --root '{root}'\n" in script
     assert "http://images.cocodataset.org/zips/train2017.zip" in script
     assert not Path(root).exists()
 
