@@ -27,7 +27,9 @@ from mmlm.errors import ConfigError, DataError
 from mmlm.preparation.files import replacing
 
 _NUMBER = r"\s*(0?\.\d+|1\.0+)\s*"
-_BOX = re.compile(rf"(?<!\[)\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\](?!\s*\])")
+_FLAT = r"[^\[\]]*"
+_NESTED = rf"\[{_FLAT}\[{_FLAT}\](?:{_FLAT}\[{_FLAT}\])*{_FLAT}\]"  # consumed first, to be left
+_BOX = re.compile(rf"{_NESTED}|\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ def convert_boxes(text: str) -> tuple[str, int, int]:
 
     def convert(match: re.Match[str]) -> str:
         nonlocal num_boxes, num_left
+        if match.lastindex is None:
+            return match.group()
         left, top, right, bottom = (
             int((Decimal(number) * 1000).to_integral_value(ROUND_HALF_EVEN))
             for number in match.groups()

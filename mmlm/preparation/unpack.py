@@ -18,6 +18,7 @@ from mmlm.preparation.sources import (
     image_folders,
 )
 
+_SUFFIXES = (".zip", ".tar", ".tgz", ".tar.gz")
 _OWN_STAGE = ("sam",)  # its pictures are chosen by the annotations
 
 
@@ -36,7 +37,7 @@ def find_archives(playground: Playground) -> tuple[FoundArchive, ...]:
     found = []
     if playground.data.is_dir():
         for path in sorted(playground.data.iterdir()):
-            if is_archive(path):
+            if _is_packed(path):
                 collection = _collection(path.name)
                 folders = image_folders(collection) if collection else IMAGE_FOLDERS
                 found.append(FoundArchive(path=path, folders=folders))
@@ -52,8 +53,13 @@ def find_archives(playground: Playground) -> tuple[FoundArchive, ...]:
 def archives_below(folder: Path) -> Iterator[Path]:
     """Yield the archives in a folder and below; what is still being downloaded is none."""
     for path in sorted(folder.rglob("*")):
-        if not path.name.endswith(".part") and is_archive(path):
+        if not path.name.endswith(".part") and _is_packed(path):
             yield path
+
+
+def _is_packed(path: Path) -> bool:
+    """Whether a file is an archive, or is called one: then `unpack` says what is wrong with it."""
+    return is_archive(path) or (path.is_file() and path.name.endswith(_SUFFIXES))
 
 
 def unpack_all(playground: Playground, *, again: bool = False, remove: bool = False) -> int:

@@ -70,6 +70,14 @@ def test_wrong_archive_under_a_name_is_refused(playground: Playground) -> None:
         unpack_all(playground)
 
 
+def test_page_in_place_of_an_archive_is_not_passed_over(playground: Playground) -> None:
+    page = playground.downloads / "ai2d" / "ai2d_images.zip"
+    page.parent.mkdir(parents=True)
+    page.write_text("<!DOCTYPE html> too many users have downloaded this file")
+    with pytest.raises(DataError, match=r"ai2d_images.zip: neither zip nor tar \(it begins with"):
+        unpack_all(playground)
+
+
 def test_pictures_that_are_left_out_are_told(
     playground: Playground, caplog: pytest.LogCaptureFixture
 ) -> None:
