@@ -52,6 +52,8 @@ def convert_ocr_vqa(playground: Playground, source: Path, *, workers: int) -> in
     names: dict[str, Path] = {}
     for path in files:
         names.setdefault(path.stem, path)
+    if not names:
+        return 0
     waiting = [path for path in names.values() if not (target / f"{path.stem}.jpg").is_file()]
     chunks = [
         _Chunk(files=tuple(waiting[start : start + _CHUNK]), folder=target)

@@ -76,6 +76,7 @@ def unpack_all(playground: Playground, *, again: bool = False, remove: bool = Fa
     Raises:
         DataError: an archive cannot be used; those before it are done.
     """
+    _report_others(playground.data)
     count = 0
     for archive in find_archives(playground):
         if archive.folders:
@@ -84,6 +85,23 @@ def unpack_all(playground: Playground, *, again: bool = False, remove: bool = Fa
             choose, folder = _annotations(), playground.annotations
         count += unpack_once(playground, archive.path, folder, choose, again=again, remove=remove)
     return count
+
+
+def _report_others(data: Path) -> None:
+    """Name files beside the archives that nothing here can use (an archive in pieces, say)."""
+    others = [
+        path.name
+        for path in (sorted(data.iterdir()) if data.is_dir() else [])
+        if path.is_file() and not path.name.startswith(".") and not _is_packed(path)
+    ]
+    if others:
+        get_logger(__name__).warning(
+            "%s: %d files are no archives and are not touched: %s; put an archive that is in "
+            "pieces together by hand",
+            data,
+            len(others),
+            ", ".join(others[:10]),
+        )
 
 
 def unpack_once(

@@ -78,6 +78,15 @@ def test_page_in_place_of_an_archive_is_not_passed_over(playground: Playground) 
         unpack_all(playground)
 
 
+def test_pieces_of_an_archive_are_named(
+    playground: Playground, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_zip(playground.data / "coco.zip", {"train2017/1.jpg": picture()})
+    (playground.data / "vg.zip.part-aa").write_bytes(b"a piece")
+    assert unpack_all(playground) == 1
+    assert "data: 1 files are no archives and are not touched: vg.zip.part-aa;" in caplog.text
+
+
 def test_pictures_that_are_left_out_are_told(
     playground: Playground, caplog: pytest.LogCaptureFixture
 ) -> None:
