@@ -6,10 +6,13 @@ status. What they call is imported when it is needed, so that ``--help`` is quic
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
 from mmlm.data_arguments import add_sample_arguments, check_meta, read_sample_arguments
+from mmlm.data_dump_cli import add_dump_parser
+from mmlm.data_show_cli import add_show_parser
 from mmlm.errors import ConfigError
 from mmlm.preparation.command import add_parser as add_prepare_parser
 
@@ -51,6 +54,8 @@ def add_data_parser(commands: Commands) -> None:
     topics = data.add_subparsers(dest="topic", required=True, metavar="TOPIC")
     add_prepare_parser(topics)
     _add_check(topics)
+    add_show_parser(topics)
+    add_dump_parser(topics)
 
 
 def run_data(options: argparse.Namespace) -> int:
@@ -59,7 +64,12 @@ def run_data(options: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    status: int = options.run(options)
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

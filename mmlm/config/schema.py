@@ -104,6 +104,9 @@ class DataConfig:
     """Iterations whose batches are made ahead of the training."""
     policy: Literal["strict", "skip"] = "strict"
     """Broken samples stop the run before it starts (strict) or are recorded and left out (skip)."""
+    special_literals: Literal["exclude", "tokens"] = "exclude"
+    """A text that spells a special token such as ``<img>`` makes its sample broken (exclude), or is
+    that token, as published (tokens). ``<box>``, ``<ref>`` and ``<quad>`` always are tokens."""
 
     def __post_init__(self) -> None:
         require(
@@ -113,6 +116,9 @@ class DataConfig:
                 f"policy '{self.policy}' must be strict or skip": self.policy in ("strict", "skip"),
                 f"packing '{self.packing}' must be pack, none, group_by_length or published": (
                     self.packing in ("pack", "none", "group_by_length", "published")
+                ),
+                f"special_literals '{self.special_literals}' must be exclude or tokens": (
+                    self.special_literals in ("exclude", "tokens")
                 ),
                 f"num_workers {self.num_workers} must be at least 0": self.num_workers >= 0,
                 f"prefetch_iterations {self.prefetch_iterations} must be at least 1": (

@@ -135,6 +135,10 @@ class Tokenizer:
             parts.append(self._pieces.decode(run))
         return "".join(parts)
 
+    def piece(self, number: int) -> str:
+        """Return one token as the vocabulary writes it, e.g. ``<0x0A>`` or ``<img>``."""
+        return self._names.get(number) or str(self._pieces.id_to_piece(int(number)))
+
     def _read_model(self) -> bytes:
         if not self.folder.is_dir():
             raise DataError(

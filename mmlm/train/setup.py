@@ -200,6 +200,7 @@ def open_data(
         seq_length=config.data.seq_length,
         image_size=model.vision.image_size,
         embeddings_per_image=model.vision.embeddings_per_image,
+        special_literals=config.data.special_literals,
     )
     cache = cache_folder(config.data.cache_dir or Path(config.output_dir) / "data_cache", meta)
 

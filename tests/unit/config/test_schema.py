@@ -52,6 +52,11 @@ def test_fields_cannot_be_overwritten() -> None:
         ),
         (DataConfig, {"seq_length": 7}, "data: seq_length 7 must be at least 8"),
         (DataConfig, {"policy": "zero"}, "data: policy 'zero' must be strict or skip"),
+        (
+            DataConfig,
+            {"special_literals": "text"},
+            "data: special_literals 'text' must be exclude or tokens",
+        ),
         (DataConfig, {"num_workers": -1}, "data: num_workers -1 must be at least 0"),
         (DataConfig, {"prefetch_iterations": 0}, "data: prefetch_iterations 0 must be at least 1"),
         (

@@ -39,6 +39,15 @@ def test_text_comes_back_whole(tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def test_one_token_is_written_as_the_vocabulary_does(tokenizer: Tokenizer) -> None:
+    assert tokenizer.piece(tokenizer.img_context_id) == "<IMG_CONTEXT>"
+    assert [tokenizer.piece(number) for number in tokenizer.encode("\x07<box>")] == [
+        "<0x07>",
+        "<box>",
+    ]
+    assert "".join(map(tokenizer.piece, tokenizer.encode(" The square"))) == "\u2581The\u2581square"
+
+
 def test_pieces_between_special_tokens_are_encoded_alone(tokenizer: Tokenizer) -> None:
     left, right = " What colour \n", "\n is 红色 "
     assert tokenizer.encode(f"{left}<|im_end|>{right}") == [

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,17 +11,19 @@ import pytest
 from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, iteration_name
 from mmlm.config.load import apply_overrides, to_json
 from mmlm.config.presets import tiny
-from mmlm.config.schema import CheckpointConfig, RunConfig, TrainConfig
+from mmlm.config.schema import CheckpointConfig, DataConfig, RunConfig, TrainConfig
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
+from mmlm.train import setup
 from mmlm.train.setup import (
     Start,
     checkpoint_root,
     data_fingerprint,
     find_start,
     load_tokenizer,
+    open_data,
     refuse_other_data,
 )
 from tests.tiny_data import make_playground, make_tokenizer
@@ -156,6 +159,22 @@ def playground(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tokenize
     """A meta json of two sets, and a tokenizer."""
     folder = tmp_path_factory.mktemp("playground")
     return make_playground(folder, 12), Tokenizer(make_tokenizer(folder / "tokenizer"))
+
+
+def test_samples_are_made_as_the_run_says(
+    playground: tuple[Path, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meta, tokenizer = playground
+    seen = []
+    monkeypatch.setattr(setup, "open_dataset", lambda *sources, **_: seen.append(sources[2]))
+    monkeypatch.setattr(setup, "on_rank_zero", lambda work, group: work())
+    config = RunConfig(data=DataConfig(seq_length=77, special_literals="tokens"))
+    topology: Any = SimpleNamespace(control_group=None)
+    open_data(config, str(meta), tiny(), tokenizer, topology)
+    wanted = SampleSettings(
+        seq_length=77, image_size=56, embeddings_per_image=4, special_literals="tokens"
+    )
+    assert set(seen) == {wanted}
 
 
 def open_changed(
