@@ -40,9 +40,10 @@ examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has ma
   one token a line, and the row of the first epoch that has the sample as a picture:
     mmlm data show work_dirs/demo_cache/internvl_1_2_finetune.json --index 3 --tokens \\
         --load work_dirs/demo_cache/converted --global-batch-size 16 --png work_dirs/row.png
-  the second row of iteration 5:
+  the second row of iteration 5, had the samples been packed into 256 tokens:
     mmlm data show work_dirs/demo_cache/internvl_1_2_finetune.json --iteration 5 --row 1 \\
-        --load work_dirs/demo_cache/converted --global-batch-size 16 --png work_dirs/row.png
+        --load work_dirs/demo_cache/converted --global-batch-size 16 --seq-length 256 \\
+        --png work_dirs/row.png
 
 Samples are numbered from 0 through all sets in the order of the meta json, as everywhere
 in mmlm. Rows depend on the batch and on the layout: seed, batch sizes and packing are
