@@ -211,6 +211,8 @@ def test_a_killed_build_goes_on_where_it_was(
         {"id": n, "conversations": conversation("q", "a" * (1 + n % 7))} for n in range(60)
     ]
     entries[41]["image"] = "pipe.png"
+    for entry in entries[3::10]:
+        entry["conversations"].insert(0, {"from": "gpt", "value": "hello"})
     meta = write_set(tmp_path, entries)
     words = [sys.executable, "-c", BUILD, str(meta), str(tokenizer.folder), str(cache)]
     process = subprocess.Popen([*words, str(num_workers)], cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -240,7 +242,7 @@ def test_a_killed_build_goes_on_where_it_was(
     assert not list(cache.glob("*.partial"))
     whole = build(entry, tokenizer, settings, tmp_path / "other")
     np.testing.assert_array_equal(index.rows, whole.rows)
-    assert index.ledger() == whole.ledger() and len(index.ledger()) == 1
+    assert index.ledger() == whole.ledger() and len(index.ledger()) == 7
 
 
 def _num_lines(cache: Path) -> int:
