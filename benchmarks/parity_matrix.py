@@ -134,6 +134,7 @@ def cells() -> list[Cell]:
             Cell(layout=layout, scenario=scenario(drop_path=0.6)),
             Cell(layout=layout, scenario=scenario(drop_path=0.6), changes=masked),
             Cell(layout=layout, scenario=scenario(dtype="bf16", drop_path=0.6)),
+            Cell(layout=layout, scenario=scenario(dtype="bf16", drop_path=0.6), changes=masked),
         ]
     return list(dict.fromkeys(found))
 
@@ -225,18 +226,22 @@ def main() -> int:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("benchmarks/results/parity"),
-        help="path without ending: .md and .json are written (default: %(default)s)",
+        help="path without ending: .md and .json are written (default: benchmarks/results/parity; "
+        "with --only nothing is written by default)",
     )
     parser.add_argument("--only", default="", help="cells whose layout or feature has this word")
     options = parser.parse_args()
     torch.set_num_threads(1)
     wanted = [c for c in cells() if options.only in f"{c.layout} {c}"]
+    if not wanted:
+        parser.error(f"--only {options.only}: no layout or feature has this word")
     results = [measure(cell) for cell in tqdm(wanted, unit="cell")]
     machine = f"torch {torch.__version__} on {platform.machine()}."
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.with_suffix(".md").write_text(as_markdown(results, machine), "utf-8")
-    options.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    output = options.output or (None if options.only else Path("benchmarks/results/parity"))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".md").write_text(as_markdown(results, machine), "utf-8")
+        output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
     failed = [result for result in results if not result["passed"]]
     for result in failed:
         print(f"FAILED {result['layout']} {result['feature']}: {result['errors']}")

@@ -63,7 +63,9 @@ QUIET = (
     # megatron-core about its own defaults and calls
     "full scope is deprecated",
     ".*load_state_dict.* is deprecated",
+    # topology.initialize sets CUDA_DEVICE_MAX_CONNECTIONS where there is CUDA
     "When using async grad allreduce it is recommended",
+    "When using sequence parallelism it is recommended",
     ".*torch.distributed.* is deprecated",
 )
 """Warnings of megatron-core that a user can do nothing about."""
@@ -112,7 +114,8 @@ def _add_debug(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--load-hf",
         metavar="DIR",
         help="HuggingFace weights, read directly: a combined InternVL-Chat folder, or a folder "
-        "with the parts as vision/ and llm/",
+        "with the parts as vision/ and llm/ (sizes of the samples are kept in "
+        "work_dirs/run/data_cache unless --set data.cache_dir=... says where)",
     )
     gradients.add_argument("--data", required=True, metavar="META", help="meta json of the sets")
     gradients.add_argument("--output", required=True, metavar="FILE", help="file to write")

@@ -1,9 +1,10 @@
 """The state of megatron-core's distributed optimizer, under global names and in true shapes.
 
 megatron-core keeps fp32 main weights and Adam's moments as slices of flat buffers over the DP
-ranks. On saving, the slices of a parameter are brought together on the DP rank that holds most of
-it, and described like the parameter, so any layout can read them; on loading, a rank reads the
-parameters that it holds a slice of. No rank ever holds more than its share and two parameters.
+ranks. Every parameter has an owner among the ranks that hold slices of it. On saving, the slices
+are brought together there and described like the parameter, so any layout can read them; on
+loading, the owner reads the whole and hands out the slices. Owners are chosen so that all DP ranks
+own about as much.
 
 megatron-core's own way of doing this (format ``fully_reshardable``) is not used: it collects
 everything on DP rank 0, it mixes up the parameters in silence when gradients have more than one
@@ -40,11 +41,8 @@ class _Sliced:
     optimizer: DistributedOptimizer
     slices: dict[int, slice]
     """DP rank -> elements of the flattened parameter; only ranks that hold some."""
-
-    @property
-    def owner(self) -> int:
-        """The DP rank that holds most, and that saves the whole."""
-        return max(self.slices, key=lambda r: self.slices[r].stop - self.slices[r].start)
+    owner: int
+    """The DP rank that saves and reads the whole."""
 
 
 def optimizer_sharded_state(
@@ -66,8 +64,8 @@ def optimizer_sharded_state(
         is_loading: whether the result is to be filled.
 
     Returns:
-        Key of a parameter -> state -> description, fp32 on the CPU; on saving the parameters that
-        this rank owns, on loading those that it holds a slice of.
+        Key of a parameter -> state -> description, fp32 on the CPU, of the parameters that this
+        rank owns.
     """
     described = {entry.data: entry for entry in model_state.values()}
     rank = gloo_group.rank()
@@ -77,14 +75,14 @@ def optimizer_sharded_state(
             # a step whose effect is overwritten by loading
             part._init_optimizer_states_with_dummy_values()
         for sliced in _sliced_parameters(part, gloo_group.size()):
-            if is_loading:
-                shape = (len(STATES), sliced.parameter.numel())
-                whole = torch.empty(shape) if rank in sliced.slices else None
-            else:
+            whole = None
+            if not is_loading:
                 whole = _bring_together(sliced, gloo_group)
+            elif rank == sliced.owner:
+                whole = torch.empty(len(STATES), sliced.parameter.numel())
             if whole is not None:
                 entry = described[sliced.parameter]
-                state[entry.key] = _describe(entry, whole, is_main=rank == sliced.owner)
+                state[entry.key] = _describe(entry, whole)
     return state
 
 
@@ -96,7 +94,7 @@ def load_optimizer_state(
     gloo_group: dist.ProcessGroup,
     num_steps: int,
 ) -> None:
-    """Put what was read into the optimizer.
+    """Put what was read into the optimizer; collective over the DP ranks.
 
     Args:
         optimizer: megatron-core's.
@@ -110,11 +108,11 @@ def load_optimizer_state(
         # torch's AdamW counts steps in each parameter, which megatron-core does not expect here
         counters = {key: state.pop("step", None) for key, state in part.optimizer.state.items()}
         for sliced in _sliced_parameters(part, gloo_group.size()):
-            own = sliced.slices.get(gloo_group.rank())
+            whole = loaded.pop(keys[sliced.parameter], None)
+            own = _hand_out(sliced, whole, gloo_group)
             if own is not None:
-                whole = loaded[keys[sliced.parameter]]
                 part._set_main_param_and_optimizer_states(
-                    sliced.parameter, {name: whole[name].flatten()[own] for name in STATES}
+                    sliced.parameter, dict(zip(STATES, own, strict=True))
                 )
         for key, counter in counters.items():
             if counter is not None:
@@ -134,6 +132,7 @@ def _sliced_parameters(part: DistributedOptimizer, dp_size: int) -> Iterator[_Sl
 
     A bucket is cut into one equal shard a DP rank, whatever parameters lie in it.
     """
+    owned = [0] * dp_size
     for buffer in part.buffers:
         for parameter, (start, end, bucket_id) in buffer.param_index_map.items():
             bucket = buffer.buckets[bucket_id]
@@ -144,7 +143,9 @@ def _sliced_parameters(part: DistributedOptimizer, dp_size: int) -> Iterator[_Sl
                 last = min(end, bucket.offset + (rank + 1) * shard)
                 if first < last:
                     slices[rank] = slice(first - start, last - start)
-            yield _Sliced(parameter=parameter, optimizer=part, slices=slices)
+            owner = min(slices, key=lambda rank: owned[rank])
+            owned[owner] += end - start
+            yield _Sliced(parameter=parameter, optimizer=part, slices=slices, owner=owner)
 
 
 def _bring_together(sliced: _Sliced, group: dist.ProcessGroup) -> Tensor | None:
@@ -172,12 +173,41 @@ def _bring_together(sliced: _Sliced, group: dist.ProcessGroup) -> Tensor | None:
     return whole
 
 
+def _hand_out(
+    sliced: _Sliced, whole: dict[str, Tensor] | None, group: dist.ProcessGroup
+) -> Tensor | None:
+    """The reverse of `_bring_together`.
+
+    Args:
+        sliced: which parameter.
+        whole: its states, on the owner.
+        group: the DP ranks over gloo.
+
+    Returns:
+        This rank's slice, fp32 [states, elements] on the CPU; None where it holds none.
+    """
+    rank = group.rank()
+    if rank == sliced.owner:
+        assert whole is not None, "the owner has read it"
+        states = torch.stack([whole[name].flatten() for name in STATES])
+        for goal, place in sliced.slices.items():
+            if goal != rank:
+                dist.send(states[:, place].contiguous(), group=group, group_dst=goal)
+        return states[:, sliced.slices[rank]]
+    if rank not in sliced.slices:
+        return None
+    place = sliced.slices[rank]
+    own = torch.empty(len(STATES), place.stop - place.start)
+    dist.recv(own, group=group, group_src=sliced.owner)
+    return own
+
+
 def _describe(
-    entry: ShardedTensor | ShardedTensorFactory, whole: Tensor, *, is_main: bool
+    entry: ShardedTensor | ShardedTensorFactory, whole: Tensor
 ) -> dict[str, ShardedTensor | ShardedTensorFactory]:
     """The states of a parameter, described as the parameter is."""
-    *outer, _ = entry.replica_id  # the last number counts the DP ranks
-    replica_id = (*outer, 0 if is_main else 1)
+    *outer, _ = entry.replica_id  # the last number counts the DP ranks: the owner stands for them
+    replica_id = (*outer, 0)
     described = {}
     for name, values in zip(STATES, whole, strict=True):
         changes: dict[str, Any] = {

@@ -156,7 +156,7 @@ class TrainConfig:
     vision_drop_path_rate: float = 0.4
     """Drop-path rate of the last vision layer; linear from 0 at the first, per image."""
     vision_drop_path_mode: Literal["skip", "mask"] = "skip"
-    """skip: dropped branches are not computed; mask: computed and multiplied by 0, same result."""
+    """skip: dropped branches are not computed; mask: computed and multiplied by 0."""
     freeze_vision_model: bool = False
     """Leave the vision tower as it is (drop path stays active unless its rate is 0)."""
     freeze_vision_projection: bool = False

@@ -101,9 +101,9 @@ def open_weights(folder: Path) -> HFWeights:
 def load_hf_weights(
     chunks: Sequence[InternVLModel], groups: ProcessGroupCollection, weights: HFWeights
 ) -> None:
-    """Fill a model straight from HuggingFace's files; every rank reads only what it holds.
+    """Fill a model straight from HuggingFace's files.
 
-    One whole tensor is in memory at a time.
+    Every rank reads, whole, the tensors that it holds a part of; two are in memory at a time.
 
     Args:
         chunks: this rank's model.

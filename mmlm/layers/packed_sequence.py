@@ -25,7 +25,9 @@ class PackedSequence(PackedSeqParams):
         cls, lengths: tuple[int, ...], device: torch.device, **fields: object
     ) -> "PackedSequence":
         """Build the cumulative lengths (int32, on ``device``) of segments of ``lengths`` tokens."""
-        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        # made on the CPU first: given a device, torch.tensor would wait for all work on it
+        cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        cu_seqlens = cu_seqlens.to(device, non_blocking=True)
         return cls(
             qkv_format="packed",
             cu_seqlens_q=cu_seqlens,

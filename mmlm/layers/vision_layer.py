@@ -40,7 +40,7 @@ class PackedImages(PackedSequence):
     computed; see `drop_path.py`. None: nothing is dropped."""
     drop_path_mode: DropPathMode = "skip"
     """skip: dropped branches are not computed; mask: they are, and multiplied by 0 (the same
-    result, in shapes that never change)."""
+    result but for rounding, in shapes that never change)."""
 
 
 class InternVisionLayer(TransformerLayer):
@@ -109,7 +109,8 @@ class InternVisionLayer(TransformerLayer):
             return x + branch(x, images)
         scales = images.drop_path_scales[layer, index].tolist()
         if images.drop_path_mode == "mask":
-            return x + branch(x, images) * self._per_token(images, scales, x)
+            scaled = branch(x, images).float() * self._per_token(images, scales, x.device)
+            return x + scaled.to(x.dtype)
         if all(scales):
             return x + branch(x, images) * scales[0]
         shared = self.config.sequence_parallel
@@ -124,8 +125,8 @@ class InternVisionLayer(TransformerLayer):
         kept = PackedSequence.from_lengths(rows.segment_lengths, x.device)
         return add_rows(x, branch(take_rows(x, rows, group), kept), max(scales), rows, group)
 
-    def _per_token(self, images: PackedImages, scales: list[float], x: Tensor) -> Tensor:
-        per_image = torch.tensor(scales, dtype=x.dtype, device=x.device)
+    def _per_token(self, images: PackedImages, scales: list[float], device: torch.device) -> Tensor:
+        per_image = torch.tensor(scales).to(device, non_blocking=True)
         per_token = per_image.repeat_interleave(
             images.tokens_per_image, output_size=len(scales) * images.tokens_per_image
         )

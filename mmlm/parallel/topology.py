@@ -90,6 +90,8 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
         data_parallel_size(world_size, parallel)
     device = torch.device("cpu")
     if not on_cpu:
+        # one hardware queue keeps communication ahead of the computation it overlaps with
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -95,7 +95,12 @@ def debug_gradients(
     plan, chunks = build_chunks(config, start, topology, backend, dataset)
     model = wrap_ddp(chunks, topology)
     max_rate = config.train.vision_drop_path_rate if request.drop_path else 0.0
-    drop_path = DropPath(seed=config.train.seed, iteration=request.iteration, max_rate=max_rate)
+    drop_path = DropPath(
+        seed=config.train.seed,
+        iteration=request.iteration,
+        max_rate=max_rate,
+        mode=config.train.vision_drop_path_mode,
+    )
     step = training_forward_step(start.model, topology, drop_path)
     stages = plan.chunks[topology.pp_rank :: topology.pp_size]
     record = StepRecord(

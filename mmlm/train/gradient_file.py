@@ -22,6 +22,7 @@ from mmlm.conversion.name_map import Entry, expand
 from mmlm.data.step_plan import SampleTable
 from mmlm.errors import ConfigError, MmlmError
 from mmlm.parallel.agreement import on_rank_zero
+from mmlm.parallel.collect import bring_to_rank_zero
 from mmlm.parallel.topology import Topology
 from mmlm.train.gradients import gather_tensors
 
@@ -195,11 +196,10 @@ def _from_owner(
     name: str, local: Tensor | None, group: dist.ProcessGroup
 ) -> Iterator[tuple[str, Tensor]]:
     """A tensor that one rank or several have alike; yielded on rank 0 only."""
-    found: list[Tensor | None] = [None] * dist.get_world_size()
-    dist.gather_object(local, found if dist.get_rank() == 0 else None, dst=0, group=group)
-    owned = [tensor for tensor in found if tensor is not None]
+    mine = [] if local is None else [(name, local)]
+    owned = list(bring_to_rank_zero(mine, group))
     if dist.get_rank() == 0:
-        yield name, owned[0]
+        yield owned[0]
 
 
 def _temporary(path: Path) -> Path:

@@ -12,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mmlm.models.model_provider import model_state
+from mmlm.parallel.collect import bring_to_rank_zero
 from mmlm.parallel.topology import Topology
 
 
@@ -29,7 +30,7 @@ def gather_gradients(
     Returns:
         On rank 0 global name -> fp32 tensor in its true shape; empty on the others.
     """
-    return gather_tensors(gradient_shards(model, topology))
+    return gather_tensors(gradient_shards(model, topology), topology.control_group)
 
 
 def gradient_shards(
@@ -65,20 +66,19 @@ def gather_tensors(
 
     Args:
         shards: this rank's blocks; together the ranks hold every element once.
-        group: all ranks; blocks travel as objects. The default group when None.
+        group: all ranks, over gloo; the default group when None.
 
     Returns:
         On rank 0 key -> whole tensor on the CPU; empty on the others.
     """
     blocks = [
-        (shard.key, shard.global_shape, shard.global_slice(), shard.data.detach().cpu().clone())
-        for shard in shards
+        ((shard.key, shard.global_shape, shard.global_slice()), shard.data) for shard in shards
     ]
-    everything: list[list] = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(blocks, everything if dist.get_rank() == 0 else None, dst=0, group=group)
     whole: dict[str, Tensor] = {}
-    for key, shape, place, block in (item for of_rank in everything for item in of_rank):
-        whole.setdefault(key, torch.full(shape, float("nan"), dtype=block.dtype))[place] = block
+    for (key, shape, place), block in bring_to_rank_zero(blocks, group):
+        if key not in whole:
+            whole[key] = torch.full(shape, float("nan"), dtype=block.dtype)
+        whole[key][place] = block
     return whole
 
 

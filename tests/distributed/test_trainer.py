@@ -230,13 +230,22 @@ def test_assets_survive_the_checkpoint_that_the_run_resumed_from(
 
 
 @pytest.mark.distributed
-def test_bf16_resumes_from_fp32_main_weights(world: Path, tmp_path: Path) -> None:
-    run_ranks(2, train_rank, config(world, tmp_path / "whole", dtype="bf16"))
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [({}, 2), ({"pp": 2, "vpp": 2, "overlap": True}, 4)], ids=str
+)
+def test_bf16_resumes_from_fp32_main_weights(
+    world: Path, tmp_path: Path, layout: dict[str, Any], ranks: int
+) -> None:
+    def run(name: str) -> None:
+        settings = config(world, tmp_path / name, dtype="bf16", **layout)
+        run_ranks(ranks, train_rank, settings)
+
+    run("whole")
     middle = "iter_0000003"
     shutil.copytree(
         tmp_path / "whole" / "checkpoints" / middle, tmp_path / "rest" / "checkpoints" / middle
     )
-    run_ranks(2, train_rank, config(world, tmp_path / "rest", dtype="bf16"))
+    run("rest")
     # the same layout and the same main weights and moments: the same numbers to the bit
     found, truth = curve(tmp_path / "rest"), curve(tmp_path / "whole")[3:]
     assert [line["loss"] for line in found] == [line["loss"] for line in truth]

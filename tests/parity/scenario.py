@@ -3,6 +3,7 @@
 Errors are relative: of a loss by its value, of a tensor by its norm.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -243,7 +244,7 @@ def _errors(
 ) -> Errors:
     truth = reference_run(scenario)
     of_losses = [
-        abs(value - wanted) / abs(wanted)
+        error(torch.tensor(value), torch.tensor(wanted))
         for value, wanted in zip(losses, truth.losses, strict=True)
     ]
     gradient, gradient_name = worst(gradients, reference_gradients(scenario))
@@ -259,9 +260,10 @@ def _errors(
 
 
 def error(value: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth."""
+    """Norm of the difference over the norm of the truth; infinite where it is no number."""
     difference = (value.double() - truth.double()).norm()
-    return (difference / truth.double().norm().clamp_min(1e-30)).item()
+    found = (difference / truth.double().norm().clamp_min(1e-30)).item()
+    return found if math.isfinite(found) else math.inf  # max() would pass over a NaN
 
 
 def worst(values: dict[str, Tensor], truth: dict[str, Tensor]) -> tuple[float, str]:

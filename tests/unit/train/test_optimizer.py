@@ -168,20 +168,28 @@ def test_rule_by_name(rule: str) -> None:
     assert decays(rule, "language_model.output_layer.weight", 2)
 
 
-def _buckets(parallel: ParallelConfig) -> tuple[int, bool]:
+def _buckets(parallel: ParallelConfig) -> tuple[int, bool, set[tuple[torch.dtype, torch.dtype]]]:
     place = topology.initialize(parallel)
     plan = make_stage_plan(tiny(), 1)
-    chunks = build_model(tiny(), plan, place, resolve_backend(BackendConfig()), TrainConfig())
+    train = TrainConfig(dtype="bf16")
+    chunks = build_model(tiny(), plan, place, resolve_backend(BackendConfig(), "bf16"), train)
     (chunk,) = wrap_ddp(chunks, place, parallel)
-    return len(chunk.bucket_groups), chunk.ddp_config.overlap_param_gather
+    dtypes = {(p.dtype, p.main_grad.dtype) for p in chunk.parameters()}
+    return len(chunk.bucket_groups), chunk.ddp_config.overlap_param_gather, dtypes
 
 
 @pytest.mark.distributed
 def test_overlap_cuts_gradients_into_buckets() -> None:
     """Without several buckets nothing could overlap."""
-    assert run_ranks(1, _buckets, ParallelConfig())[0] == (1, False)
+    assert run_ranks(1, _buckets, ParallelConfig())[0][:2] == (1, False)
     overlap = ParallelConfig(
         overlap_grad_reduce=True, overlap_param_gather=True, ddp_bucket_size=4000
     )
-    groups, gathers = run_ranks(1, _buckets, overlap)[0]
+    groups, gathers, _ = run_ranks(1, _buckets, overlap)[0]
     assert groups > 3 and gathers
+
+
+@pytest.mark.distributed
+def test_gradients_of_bf16_weights_add_up_in_fp32() -> None:
+    _, _, dtypes = run_ranks(1, _buckets, ParallelConfig())[0]
+    assert dtypes == {(torch.bfloat16, torch.float32)}
