@@ -130,6 +130,19 @@ def test_a_sample_that_is_left_out_is_in_no_row(
     assert "left out" not in capsys.readouterr().out
 
 
+def test_pictures_of_a_row_are_augmented_as_in_its_epoch(tokenizer: str, tmp_path: Path) -> None:
+    source = make_playground(tmp_path / "set", num_samples=1, seed=1)
+    meta = source.with_name("augmented.json")
+    meta.write_text(source.read_text().replace('"data_augment": false', '"data_augment": true'))
+    pictures = []
+    for iteration in ("0", "1"):
+        words = ["--iteration", iteration, "--global-batch-size", "1", "--png", "row.png"]
+        assert show(meta, tokenizer, *words) == 0
+        with Image.open(tmp_path / "row.png") as image:
+            pictures.append(image.crop((0, 60, image.width, image.height)).tobytes())
+    assert pictures[0] != pictures[1]  # the title, which names the epoch, is above
+
+
 def test_a_picture_that_vanished_since_it_was_measured_is_named(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
