@@ -1,6 +1,7 @@
 """What the check counts: by hand on small sets, and against the records themselves."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_long_samples_have_a_bin_of_their_own(tmp_path: Path, check: Any) -> Non
     assert report.total.lengths[-1] == 1 and sum(report.total.lengths) == 2
     assert report.total.count(Action.TRUNCATED) == 1 and not report.exclusions
     assert report.total.longest_tokens == 256
+
+
+def test_a_sample_that_just_fits_is_not_too_long(
+    tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings
+) -> None:
+    meta = write_sets(tmp_path, a=[talk(1, "a b " * 20), talk(2)])
+    whole = check_data(meta, tokenizer, settings, cache_dir=tmp_path / "cache").total.longest_tokens
+    for seq_length, too_long in ((whole, 0), (whole - 1, 1)):
+        tight = replace(settings, seq_length=seq_length)
+        report = check_data(meta, tokenizer, tight, cache_dir=tmp_path / "cache")
+        assert report.length_edges[-1] == seq_length
+        assert report.total.lengths[-1] == report.total.count(Action.TRUNCATED) == too_long
 
 
 def test_doubles_in_a_set_and_across_sets(tmp_path: Path, check: Any) -> None:
