@@ -125,6 +125,8 @@ def uninterrupted(world: Path) -> Path:
 
 @pytest.mark.distributed
 def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     lines = curve(uninterrupted)
     assert [line["iteration"] for line in lines] == list(range(TRAIN_ITERS))
     assert lines[-1]["consumed_samples"] == TRAIN_ITERS * 8
@@ -137,7 +139,10 @@ def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert manifest.has_optimizer
     assert manifest.run_config["train"]["global_batch_size"] == 8
     assert (latest / "hf_assets" / "tokenizer.model").is_file()
-    assert list((uninterrupted / "tensorboard").iterdir())
+    board = EventAccumulator(str(uninterrupted / "tensorboard"))
+    board.Reload()
+    repaired = board.Scalars("data_ledger/repaired/placeholder_inserted")
+    assert [event.step for event in repaired] == [0] and repaired[0].value > 0
     assert json.loads((uninterrupted / "config.json").read_text())["train"]["seed"] == 42
 
 
