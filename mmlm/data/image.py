@@ -43,7 +43,8 @@ def load_image(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             _refuse_bomb(image)
-            return image.convert("RGB")
+            image.load()
+            return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise a dozen types on broken bytes
         raise DataError(_message(path, error)) from error
 
@@ -70,7 +71,9 @@ def squash(image: Image.Image, image_size: int) -> ByteArray:
     Returns:
         uint8 [S, S, 3].
     """
-    return np.array(image.resize((image_size, image_size), Image.Resampling.BICUBIC))
+    squashed = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = np.frombuffer(squashed.tobytes(), dtype=np.uint8)  # copied once, by Pillow
+    return pixels.reshape(image_size, image_size, 3)
 
 
 def normalise(image: ByteArray) -> FloatArray:

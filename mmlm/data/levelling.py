@@ -3,17 +3,11 @@
 import heapq
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-
-from mmlm.data.annotation import IntArray
 
 Rows = list[list[int]]
 """Item numbers of each row."""
-
-FloatArray = npt.NDArray[np.floating[Any]]
 
 _LEVEL = 0.015
 """Rows whose cost is this near to the mean, as a share of it, are left alone."""
@@ -58,9 +52,9 @@ def spread(lengths: Sequence[int], costs: Sequence[float], num_rows: int, capaci
 class _Exchange:
     """Rows, and exchanges between them: an item for an item, or for nothing.
 
-    An exchange is judged by the sum over both rows of (cost - mean)^2, plus so much for every token
-    above the capacity that room comes first. Every sum is made one by one and everything else
-    element by element, so that all machines find the same rows.
+    A row's penalty is (cost - mean)^2, and so much for every token above the capacity that room
+    comes first. Every sum is made one by one and everything else element by element, so that all
+    machines find the same rows.
     """
 
     def __init__(
@@ -68,83 +62,69 @@ class _Exchange:
     ) -> None:
         num_rows = len(rows)
         self._num_items = len(lengths)
-        self._capacity = capacity
         self._mean = math.fsum(costs) / num_rows
-        self._excess = 16.0 * max(math.fsum(costs), capacity) ** 2
+        self._excess = 16.0 * math.fsum(costs) ** 2
         # after the items, a nothing of each row
         self._lengths = np.array([*lengths, *[0] * num_rows], dtype=np.float64)
         self._costs = np.array([*costs, *[0.0] * num_rows], dtype=np.float64)
-        self._row = np.arange(-self._num_items, num_rows)
+        self._row = np.array([0] * len(lengths) + list(range(num_rows)), dtype=np.int64)
         for row, items in enumerate(rows):
             self._row[items] = row
-        self._row_lengths = _sums(self._row, self._lengths, num_rows)
-        self._row_costs = _sums(self._row, self._costs, num_rows)
-        self._penalties = self._judge(self._row_lengths, self._row_costs)
+        self._room = np.array([capacity - sum(lengths[i] for i in row) for row in rows], np.float64)
+        self._away = np.array([math.fsum(costs[i] for i in row) for row in rows]) - self._mean
 
     @property
     def fits(self) -> bool:
         """Whether no row is too long."""
-        return bool(np.all(self._row_lengths <= self._capacity))
+        return bool(np.all(self._room >= 0))
 
     def rows(self) -> Rows:
         """Item numbers of each row."""
-        rows: Rows = [[] for _ in range(len(self._row_lengths))]
+        rows: Rows = [[] for _ in range(len(self._room))]
         for item, row in enumerate(self._row[: self._num_items].tolist()):
             rows[row].append(item)
         return rows
 
     def run(self, max_exchanges: int) -> None:
         """Better the worst row again and again, until none can be or all are level."""
-        done = np.zeros(len(self._penalties), dtype=np.bool_)
+        done = np.zeros(len(self._room), dtype=np.bool_)
         for _ in range(max_exchanges):
-            row = int(np.argmax(np.where(done, -1.0, self._penalties)))
-            if done[row] or self._penalties[row] <= (_LEVEL * self._mean) ** 2:
+            penalties = self._away * self._away + self._excess * np.maximum(-self._room, 0.0)
+            row = int(np.argmax(np.where(done, -1.0, penalties)))
+            if done[row] or penalties[row] <= (_LEVEL * self._mean) ** 2:
                 return
-            other = self._best_of(row)
-            if other is not None:
-                done[other] = False
-            elif self._row_lengths[row] > self._capacity:
+            partner = self._best_of(row, least_gain=0.001 * penalties[row])
+            if partner is not None:
+                done[partner] = False
+            elif self._room[row] < 0:
                 return  # it stays too long
             else:
                 done[row] = True
 
-    def _best_of(self, row: int) -> int | None:
+    def _best_of(self, row: int, least_gain: float) -> int | None:
         """Make the exchange that betters ``row`` and its partner most; return the partner."""
         own = np.flatnonzero(self._row == row)
+        room, away = self._room[self._row], self._away[self._row]
         length = self._lengths - self._lengths[own, None]  # [own, all]: what ``row`` would gain
         cost = self._costs - self._costs[own, None]
-        change = self._judge(self._row_lengths[row] + length, self._row_costs[row] + cost)
-        change += self._judge(
-            self._row_lengths[self._row] - length, self._row_costs[self._row] - cost
-        )
-        change -= self._penalties[self._row]
+        # (away of row + cost)^2 + (away - cost)^2, less the same without cost
+        change = 2.0 * cost * (cost + (self._away[row] - away))
+        too_long = np.maximum(length - self._room[row], 0.0) + np.maximum(-length - room, 0.0)
+        too_long -= np.maximum(-room, 0.0) + max(-self._room[row], 0.0)
+        change += self._excess * too_long
         change[:, own] = np.inf
         place = int(np.argmin(change))
-        given, taken = int(own[place // change.shape[1]]), place % change.shape[1]
-        if change.flat[place] >= 0.999 * self._penalties[row]:
+        if change.flat[place] > -least_gain:
             return None
+        given, taken = int(own[place // change.shape[1]]), place % change.shape[1]
         partner = int(self._row[taken])
         for sign, changed in ((1.0, row), (-1.0, partner)):
-            self._row_lengths[changed] += sign * (self._lengths[taken] - self._lengths[given])
-            self._row_costs[changed] += sign * (self._costs[taken] - self._costs[given])
-            self._penalties[changed] = self._judge(
-                self._row_lengths[changed], self._row_costs[changed]
-            )
-        if given < self._num_items:
-            self._row[given] = partner
-        if taken < self._num_items:
-            self._row[taken] = row
+            self._room[changed] -= sign * (self._lengths[taken] - self._lengths[given])
+            self._away[changed] += sign * (self._costs[taken] - self._costs[given])
+        for item, new_row in ((given, partner), (taken, row)):
+            if item < self._num_items:
+                self._row[item] = new_row
         return partner
-
-    def _judge(self, lengths: FloatArray, costs: FloatArray) -> FloatArray:
-        away = costs - self._mean
-        return away * away + self._excess * np.maximum(lengths - self._capacity, 0.0)
-
-
-def _sums(rows: IntArray, values: FloatArray, num_rows: int) -> FloatArray:
-    """Sum values by row, one after the other."""
-    sums: FloatArray = np.bincount(rows, values, num_rows).astype(np.float64)
-    return sums
 
 
 def level_rows(

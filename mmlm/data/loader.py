@@ -10,13 +10,11 @@ import numpy as np
 
 from mmlm.data.collate import Batch, collate
 from mmlm.data.dataset import Dataset
-from mmlm.data.image import normalise
+from mmlm.data.image import FloatArray, normalise
 from mmlm.data.planners import Planner
 from mmlm.data.sample import Sample
 from mmlm.data.step_plan import Microbatch, StepPlan
-from mmlm.data.workers import UnfinishedSample, WorkerPool, build_unfinished
-
-_Build = Callable[[], UnfinishedSample]
+from mmlm.data.workers import Pictures, WorkerPool, decode
 
 
 class BatchLoader:
@@ -24,8 +22,8 @@ class BatchLoader:
 
     Every rank that shares a data-parallel rank gets the same batches; ranks without the vision
     embedding ask for ``with_pixels=False``, decode nothing and need no processes. Worker processes
-    build samples; a thread of this process normalises their pictures and lays them out, or does
-    everything where there are no workers.
+    decode and resize pictures, nearly all of the work; threads of this process tokenize, normalise
+    and lay out, and decode as well where there are no workers.
     """
 
     def __init__(
@@ -43,7 +41,7 @@ class BatchLoader:
         min_length: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        """Start the thread and the processes; nothing is read yet.
+        """Start threads and processes; nothing is read yet.
 
         Args:
             dataset: where samples come from.
@@ -52,7 +50,7 @@ class BatchLoader:
             end_iteration: the first iteration that is not wanted, so that none is prepared in vain.
             seed: seed of the run, for augmentation.
             with_pixels: decode pictures.
-            num_workers: processes that do; 0: the thread.
+            num_workers: processes that do; 0: a thread does.
             prefetch_iterations: how many iterations are prepared ahead.
             pad_to_multiple_of: see `collate`.
             min_length: see `collate`.
@@ -75,7 +73,9 @@ class BatchLoader:
         self._workers = (
             WorkerPool(dataset, num_workers) if with_pixels and num_workers > 0 else None
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mmlm-data")
+        # two threads keep up with some ten workers; without any, one is as much as there was
+        num_threads = 1 if self._workers is None else 2
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="mmlm-data")
 
     def batches(self, iteration: int) -> tuple[StepPlan, list[Batch]]:
         """Return the plan of an iteration and this rank's microbatches; wait where not ready.
@@ -97,12 +97,12 @@ class BatchLoader:
         return plan, [future.result() for future in futures]
 
     def close(self) -> None:
-        """Drop what is being prepared and end the thread and the processes."""
+        """Drop what is being prepared and end threads and processes."""
         self._pending.clear()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown(wait=False, cancel_futures=True)
         if self._workers is not None:
             self._workers.close()
-        self._thread.shutdown(wait=True)
+        self._threads.shutdown(wait=True)
 
     def __enter__(self) -> "BatchLoader":
         return self
@@ -118,24 +118,30 @@ class BatchLoader:
     def _submit(self, iteration: int) -> tuple[StepPlan, list[Future[Batch]]]:
         plan = self._planner.plan(iteration)
         return plan, [
-            self._thread.submit(self._make, plan, rows, self._builds(plan, rows))
+            self._threads.submit(self._make, plan, rows, self._pictures(plan, rows))
             for rows in plan.microbatches[self._rank]
         ]
 
-    def _builds(self, plan: StepPlan, rows: Microbatch) -> dict[int, _Build]:
-        """Ask the workers for the samples of a microbatch; without them, say how to build each."""
-        samples = {sample_id for row in rows for sample_id in row}
-        if self._workers is not None:
-            submit = partial(self._workers.submit, seed=self._seed, epoch=plan.epoch)
-            return {sample_id: submit(sample_id).result for sample_id in sorted(samples)}
-        build = partial(
-            build_unfinished, seed=self._seed, epoch=plan.epoch, with_pixels=self._with_pixels
-        )
-        return {sample_id: partial(build, self._dataset, sample_id) for sample_id in samples}
+    def _pictures(self, plan: StepPlan, rows: Microbatch) -> dict[int, Callable[[], Pictures]]:
+        """Ask the workers for the pictures of a microbatch; without them, say how to get each."""
+        samples = {sample_id for row in rows for sample_id in row} if self._with_pixels else set()
+        job = (self._seed, plan.epoch)
+        if self._workers is None:
+            return {number: partial(decode, self._dataset, number, *job) for number in samples}
+        return {number: self._workers.submit(number, *job).result for number in sorted(samples)}
 
-    def _make(self, plan: StepPlan, rows: Microbatch, builds: dict[int, _Build]) -> Batch:
-        """Wait for the samples of a microbatch and lay them out; runs in the thread."""
-        samples = {sample_id: _finish(build()) for sample_id, build in builds.items()}
+    def _make(
+        self, plan: StepPlan, rows: Microbatch, pictures: dict[int, Callable[[], Pictures]]
+    ) -> Batch:
+        """Build the samples of a microbatch and lay them out; runs in a thread."""
+        samples: dict[int, Sample] = {}
+        for sample_id in {sample_id for row in rows for sample_id in row}:
+            sample = self._dataset.sample(
+                sample_id, seed=self._seed, epoch=plan.epoch, with_pixels=False
+            )
+            if sample_id in pictures:
+                sample = replace(sample, pixel_values=self._normalised(pictures[sample_id]()))
+            samples[sample_id] = sample
         batch = collate(
             [[samples[sample_id] for sample_id in row] for row in rows],
             plan.token_weights,
@@ -147,12 +153,9 @@ class BatchLoader:
         )
         return batch.pin_memory() if self._pin_memory else batch
 
-
-def _finish(built: UnfinishedSample) -> Sample:
-    if built.images is None:
-        return built.sample
-    size = built.images.shape[1]
-    pixels = np.empty((len(built.images), 3, size, size), dtype=np.float32)
-    for slot, image in enumerate(built.images):
-        pixels[slot] = normalise(image)
-    return replace(built.sample, pixel_values=pixels)
+    def _normalised(self, pictures: Pictures) -> FloatArray:
+        size = self._dataset.settings.image_size
+        pixels = np.empty((len(pictures), 3, size, size), dtype=np.float32)
+        for slot, picture in enumerate(pictures):
+            pixels[slot] = normalise(picture)
+        return pixels

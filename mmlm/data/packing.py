@@ -125,8 +125,12 @@ def pack(
     multiple = micro_batch_size * data_parallel_size * microbatch_multiple
     rows = _full_rows(lengths, costs, seq_length, multiple)
     row_costs = [sum(costs[item] for item in row) for row in rows]
+    row_lengths = [sum(lengths[item] for item in row) for row in rows]
+    # Rows cost about the same by now. What is not tokens counts twice, so that ranks get about as
+    # many images each, and with them about as many tokens.
+    weights = [2 * cost - length for cost, length in zip(row_costs, row_lengths, strict=True)]
     plan = []
-    for rank_rows in deal(row_costs, data_parallel_size):
+    for rank_rows in deal(weights, data_parallel_size):
         rank_costs = [row_costs[row] for row in rank_rows]
         groups = deal(rank_costs, len(rank_rows) // micro_batch_size)
         group_costs = [sum(rank_costs[item] for item in group) for group in groups]
@@ -176,7 +180,8 @@ def _full_rows(
     fewest = max(1, math.ceil(sum(lengths) / (_FULL * capacity)))
     safe = best_fit_decreasing(lengths, capacity)
     most = -(-len(safe) // multiple) * multiple
-    for num_rows in range(min(most, -(-fewest // multiple) * multiple), most + 1, multiple):
+    least = min(most, -(-fewest // multiple) * multiple)
+    for num_rows in range(least, most + 1, multiple):
         rows = level_rows(spread(lengths, costs, num_rows, capacity), lengths, costs, capacity)
         if rows is not None:
             return rows

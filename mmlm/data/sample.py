@@ -141,6 +141,7 @@ def tokenize(
         return pieces
     ids: list[int] = []
     supervised: list[bool] = []
+    header_lengths = {header: len(tokenizer.encode(header)) for header, _ in set(pieces[1::3])}
     for (before, _), (header, _), (answer, _) in zip(
         pieces[::3], pieces[1::3], pieces[2::3], strict=True
     ):
@@ -148,7 +149,7 @@ def tokenize(
         # encoded together; as published, as many tokens as the header alone has are masked.
         prompt_ids = tokenizer.encode(before)
         answer_ids = tokenizer.encode(header + answer)
-        num_masked = min(len(tokenizer.encode(header)), len(answer_ids))
+        num_masked = min(header_lengths[header], len(answer_ids))
         ids += prompt_ids + answer_ids
         supervised += [False] * (len(prompt_ids) + num_masked)
         supervised += [True] * (len(answer_ids) - num_masked)
@@ -243,7 +244,7 @@ def load_images(
     sample_id: int,
     seed: int,
     epoch: int,
-) -> ByteArray:
+) -> tuple[ByteArray, ...]:
     """Decode, augment and squash the first pictures of a record; normalising is left to others.
 
     Args:
@@ -256,12 +257,12 @@ def load_images(
         epoch: from 0, for augmentation.
 
     Returns:
-        uint8 [k, S, S, 3].
+        uint8 [S, S, 3] each.
 
     Raises:
         DataError: a picture does not decode; names set, file and line.
     """
-    images = np.empty((num_images, image_size, image_size, 3), dtype=np.uint8)
+    images = []
     for slot, path in enumerate(image_paths(record, annotation_set.root)[:num_images]):
         try:
             image = load_image(path)
@@ -269,8 +270,8 @@ def load_images(
                 image = augment(image, seed=seed, sample_id=sample_id, slot=slot, epoch=epoch)
         except DataError as error:
             raise DataError(f"{place_of(record, annotation_set)}: {error}") from error
-        images[slot] = squash(image, image_size)
-    return images
+        images.append(squash(image, image_size))
+    return tuple(images)
 
 
 def place_of(record: Record, annotation_set: AnnotationSet) -> str:

@@ -82,7 +82,10 @@ class Tokenizer:
         longest_first = sorted(self.added_tokens, key=len, reverse=True)
         special = {*special, *NEW_TOKENS} - TEXT_TOKENS
         self.special_literals = tuple(sorted(special & self.added_tokens.keys()))
-        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+        patterns = {token: re.escape(token) for token in longest_first}
+        # hundreds in a row are found as one; written so that all patterns begin alike, with "<"
+        patterns[IMG_CONTEXT] += f"(?:{patterns[IMG_CONTEXT]})*"
+        self._split = re.compile(f"({'|'.join(patterns.values())})")
         self._names = {number: token for token, number in self.added_tokens.items()}
         self.img_context_id = self.added_tokens[IMG_CONTEXT]
         self.im_start_id = self.added_tokens[IM_START]
@@ -97,7 +100,8 @@ class Tokenizer:
         ids: list[int] = []
         for number, part in enumerate(self._split.split(text)):
             if number % 2:  # re.split puts the separators at odd places
-                ids.append(self.added_tokens[part])
+                token = IMG_CONTEXT if part.startswith(IMG_CONTEXT) else part
+                ids += [self.added_tokens[token]] * (len(part) // len(token))
             elif part:
                 ids += self._pieces.encode(part)
         return ids

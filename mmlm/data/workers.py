@@ -1,161 +1,235 @@
-"""Processes that read, decode and tokenize samples for one rank.
+"""Processes that decode pictures for one rank.
 
 Spawned, not forked: the trainer's process has threads (gloo, CUDA) that a fork would break. They
 import neither torch nor megatron, so each starts in a second and holds some 60 MB. Pictures come
-back as bytes and are normalised by whoever lays them out: a quarter of the traffic.
+back as bytes and are normalised by whoever lays them out: a quarter of the traffic. They travel
+through a pipe, sent by a thread of the worker while it decodes the next; nothing is kept in
+/dev/shm, which is small in containers.
 """
 
 import multiprocessing
 import os
+import queue
 import signal
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import traceback
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from multiprocessing.connection import Connection
+
+import numpy as np
 
 from mmlm.data.dataset import Dataset
 from mmlm.data.image import ByteArray
-from mmlm.data.sample import Sample, load_images, place_of
-from mmlm.errors import DataError
+from mmlm.data.sample import load_images, place_of
+from mmlm.errors import DataError, MmlmError
+
+_MAX_SENT = 4
+"""Samples that a worker is asked about before it has answered; the rest wait in this process."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class UnfinishedSample:
-    """A sample whose pictures are not normalised yet."""
+Pictures = tuple[ByteArray, ...]
+"""uint8 [S, S, 3] each: the pictures of a sample before normalising."""
 
-    sample: Sample
-    """Without pixels."""
-    images: ByteArray | None
-    """uint8 [k, S, S, 3]; None where pixels are not wanted."""
+_Job = tuple[int, int, int]
+"""Sample id, seed, epoch."""
 
 
-def build_unfinished(
-    dataset: Dataset, sample_id: int, *, seed: int, epoch: int, with_pixels: bool
-) -> UnfinishedSample:
-    """Do all of a sample that takes long.
+def decode(dataset: Dataset, sample_id: int, seed: int, epoch: int) -> Pictures:
+    """Decode, augment and squash the pictures of a sample.
 
     Args:
         dataset: where it comes from.
         sample_id: which.
         seed: seed of the run, for augmentation.
         epoch: from 0, for augmentation.
-        with_pixels: decode the pictures.
 
     Raises:
-        DataError: the sample cannot be built; names its place.
+        DataError: a picture does not decode; names set, file and line.
     """
-    sample = dataset.sample(sample_id, seed=seed, epoch=epoch, with_pixels=False)
-    images = None
-    if with_pixels:
-        images = load_images(
-            dataset.record(sample_id),
-            dataset.annotation_set(sample_id),
-            len(sample.image_ids),
-            dataset.settings.image_size,
-            sample_id=sample_id,
-            seed=seed,
-            epoch=epoch,
-        )
-    return UnfinishedSample(sample=sample, images=images)
+    return load_images(
+        dataset.record(sample_id),
+        dataset.annotation_set(sample_id),
+        int(dataset.table.num_images[sample_id]),
+        dataset.settings.image_size,
+        sample_id=sample_id,
+        seed=seed,
+        epoch=epoch,
+    )
 
 
 class WorkerPool:
-    """Processes that build samples, each with its own queue so that a dead one is known by name.
+    """Processes that decode the pictures of samples.
 
     Args:
         dataset: where samples come from; each process opens the same files.
         num_workers: processes.
 
     Raises:
-        DataError: the machine has no room for their queues.
+        DataError: the machine has no room for them.
     """
 
     def __init__(self, dataset: Dataset, num_workers: int) -> None:
-        self._dataset = dataset
-        self._workers: list[ProcessPoolExecutor] = []
+        self._workers: list[_Worker] = []
         self._num_submitted = 0
-        context = multiprocessing.get_context("spawn")
-        for _ in range(num_workers):
+        for number in range(num_workers):
             try:
-                worker = ProcessPoolExecutor(
-                    1, mp_context=context, initializer=_start, initargs=(dataset,)
-                )
+                self._workers.append(_Worker(dataset, number))
             except OSError as error:
                 self.close()
                 raise DataError(
-                    f"cannot start {num_workers} data workers ({error.strerror}): their queues "
-                    "need a little of /dev/shm; free some, or set data.num_workers=0"
+                    f"cannot start {num_workers} data workers ({error.strerror}): lower "
+                    "data.num_workers, or set it to 0 to decode in the trainer's process"
                 ) from error
-            self._workers.append(worker)
 
-    def submit(self, sample_id: int, *, seed: int, epoch: int) -> "PendingSample":
-        """Hand a sample, with its pictures, to the next worker.
+    def submit(self, sample_id: int, seed: int, epoch: int) -> Future[Pictures]:
+        """Ask the next worker for the pictures of a sample.
 
         Args:
             sample_id: which.
             seed: seed of the run, for augmentation.
             epoch: from 0, for augmentation.
+
+        Returns:
+            The pictures to be; a DataError where one does not decode or the worker died of it.
         """
-        number = self._num_submitted % len(self._workers)
+        worker = self._workers[self._num_submitted % len(self._workers)]
         self._num_submitted += 1
-        try:
-            future = self._workers[number].submit(_build, sample_id, seed, epoch)
-        except BrokenProcessPool as error:
-            future = Future()
-            future.set_exception(error)
-        return PendingSample(self._dataset, sample_id, number, future)
+        return worker.submit((sample_id, seed, epoch))
 
     def close(self) -> None:
-        """Drop what is waiting and end the processes."""
+        """End the processes at once; what they had to do is dropped."""
         for worker in self._workers:
-            worker.shutdown(wait=True, cancel_futures=True)
+            worker.close()
 
 
-@dataclass(frozen=True)
-class PendingSample:
-    """A sample that a worker has been asked for."""
+class _Worker:
+    """One process, and the thread here that receives what it sends; answers come in order."""
 
-    dataset: Dataset
-    sample_id: int
-    worker: int
-    future: Future[UnfinishedSample]
+    def __init__(self, dataset: Dataset, number: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._dataset = dataset
+        self._number = number
+        self._lock = threading.Lock()
+        self._asked: deque[tuple[_Job, Future[Pictures]]] = deque()
+        self._num_sent = 0  # of those asked
+        self._is_dead = False
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, dataset), daemon=True)
+        self._process.start()
+        theirs.close()  # so that its death is the end of the pipe
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
 
-    def result(self) -> UnfinishedSample:
-        """Wait for it.
+    def submit(self, job: _Job) -> Future[Pictures]:
+        future: Future[Pictures] = Future()
+        with self._lock:
+            if self._is_dead:
+                future.set_exception(self._obituary(job[0]))
+            else:
+                self._asked.append((job, future))
+                self._send()
+        return future
 
-        Raises:
-            DataError: the sample cannot be built, or the worker died of it; names its place.
-        """
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.join()
+        self._thread.join()
+        self._connection.close()
+
+    def _send(self) -> None:
+        while self._num_sent < min(_MAX_SENT, len(self._asked)):
+            try:
+                self._connection.send(self._asked[self._num_sent][0])
+            except OSError:
+                return  # it is dead: the receiver will notice
+            self._num_sent += 1
+
+    def _receive(self) -> None:
         try:
-            return self.future.result()
-        except BrokenProcessPool as error:
-            # a worker takes its samples in turn: of those it lost, the first asked for killed it
-            record = self.dataset.record(self.sample_id)
-            place = place_of(record, self.dataset.annotation_set(self.sample_id))
-            raise DataError(
-                f"{place}: data worker {self.worker} was killed while it built this sample "
-                f"(images {list(record.images)}); if memory ran out, lower data.num_workers or "
-                "data.prefetch_iterations, otherwise look at the images"
-            ) from error
+            while True:
+                outcome = self._connection.recv()
+                if not isinstance(outcome, BaseException):
+                    outcome = tuple(self._receive_image(shape) for shape in outcome)
+                with self._lock:
+                    _, future = self._asked.popleft()
+                    self._num_sent -= 1
+                    self._send()
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
+                else:
+                    future.set_result(outcome)
+        except (EOFError, OSError):  # the process ended
+            self._process.join()
+            with self._lock:
+                self._is_dead = True
+                asked, self._asked = self._asked, deque()
+            for (sample_id, _, _), future in asked:
+                future.set_exception(self._obituary(sample_id))
+
+    def _receive_image(self, shape: tuple[int, ...]) -> ByteArray:
+        return np.frombuffer(self._connection.recv_bytes(), dtype=np.uint8).reshape(shape)
+
+    def _obituary(self, sample_id: int) -> DataError:
+        """Answers come in order: of the samples that were lost, the first one was at work."""
+        try:
+            record = self._dataset.record(sample_id)
+            place = place_of(record, self._dataset.annotation_set(sample_id))
+            images = f"images {list(record.images)}"
+        except DataError as error:
+            place, images = f"sample {sample_id}", str(error)
+        return DataError(
+            f"{place}: data worker {self._number} ended ({_reason(self._process.exitcode)}) while "
+            f"it decoded this sample ({images}); if memory ran out, lower data.num_workers or "
+            "data.prefetch_iterations, otherwise look at the images"
+        )
 
 
-_own_dataset: list[Dataset] = []
-"""The dataset of a worker: put here once, in its own process."""
+def _reason(exitcode: int | None) -> str:
+    if exitcode is not None and exitcode < 0:
+        return f"killed by {signal.Signals(-exitcode).name}"
+    return f"exit code {exitcode}"
 
 
-def _start(dataset: Dataset) -> None:
-    """First call in a worker."""
+def _serve(connection: Connection, dataset: Dataset) -> None:
+    """What a worker does: decode one sample after the other until it is ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    _in_a_thread(_follow_parent)
+    outbox: queue.SimpleQueue[Pictures | BaseException] = queue.SimpleQueue()
+    _in_a_thread(partial(_send_all, connection, outbox))
+    while True:
+        sample_id, seed, epoch = connection.recv()
+        try:
+            outbox.put(decode(dataset, sample_id, seed, epoch))
+        except MmlmError as error:
+            outbox.put(error)  # raised again where the sample is waited for
+        except Exception:  # ours, and perhaps of a type that does not travel
+            outbox.put(RuntimeError(f"sample {sample_id}:\n{traceback.format_exc()}"))
+
+
+def _send_all(
+    connection: Connection, outbox: "queue.SimpleQueue[Pictures | BaseException]"
+) -> None:
+    """Send shapes, then each picture as it lies in memory."""
+    while True:
+        outcome = outbox.get()
+        if isinstance(outcome, BaseException):
+            connection.send(outcome)
+            continue
+        connection.send([image.shape for image in outcome])
+        for image in outcome:
+            connection.send_bytes(image.data.cast("B"))
+
+
+def _follow_parent() -> None:
+    """End with the trainer, also when it was killed and could say nothing."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "it was spawned"
-
-    def follow() -> None:
-        parent.join()  # also when it was killed and could say nothing
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _own_dataset.append(dataset)
+    parent.join()
+    os._exit(1)
 
 
-def _build(sample_id: int, seed: int, epoch: int) -> UnfinishedSample:
-    return build_unfinished(_own_dataset[0], sample_id, seed=seed, epoch=epoch, with_pixels=True)
+def _in_a_thread(function: Callable[[], None]) -> None:
+    threading.Thread(target=function, daemon=True).start()

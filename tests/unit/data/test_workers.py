@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +15,11 @@ import psutil
 import pytest
 from PIL import Image
 
-from mmlm.data import workers
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.image import normalise
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
-from mmlm.data.workers import WorkerPool, build_unfinished
+from mmlm.data.workers import WorkerPool, decode
 from mmlm.errors import DataError
 from tests.tiny_data import conversation, write_set
 
@@ -40,36 +38,28 @@ def pictured(tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings) -> 
     return open_dataset(meta, tokenizer, settings, cache_dir=tmp_path / "cache")
 
 
-def test_an_unfinished_sample_lacks_only_normalising(dataset: Dataset) -> None:
+def test_decoding_leaves_only_normalising(dataset: Dataset) -> None:
     for sample_id in dataset.table.usable[:6].tolist():
-        built = build_unfinished(dataset, sample_id, seed=1, epoch=2, with_pixels=True)
-        whole = dataset.sample(sample_id, seed=1, epoch=2, with_pixels=True)
-        assert built.images is not None and whole.pixel_values is not None
-        assert built.sample.input_ids.tolist() == whole.input_ids.tolist()
-        pixels = [normalise(image) for image in built.images]
-        np.testing.assert_array_equal(
-            np.array(pixels).reshape(whole.pixel_values.shape), whole.pixel_values
-        )
-        blind = build_unfinished(dataset, sample_id, seed=1, epoch=2, with_pixels=False)
-        assert blind.images is None and blind.sample.pixel_values is None
+        pictures = decode(dataset, sample_id, 1, 2)
+        whole = dataset.sample(sample_id, seed=1, epoch=2, with_pixels=True).pixel_values
+        assert whole is not None and len(pictures) == len(whole)
+        for picture, pixels in zip(pictures, whole, strict=True):
+            np.testing.assert_array_equal(normalise(picture), pixels)
 
 
-def test_workers_build_what_this_process_builds_and_errors_arrive(pictured: Dataset) -> None:
+def test_workers_decode_what_this_process_decodes_and_errors_arrive(pictured: Dataset) -> None:
     pool = WorkerPool(pictured, 2)
     try:
-        pending = [pool.submit(sample_id, seed=4, epoch=0) for sample_id in (2, 0, 1)]
+        pending = [pool.submit(sample_id, 4, 0) for sample_id in (2, 0, 1)]
         for sample_id, asked in zip((2, 0, 1), pending, strict=True):
-            here = build_unfinished(pictured, sample_id, seed=4, epoch=0, with_pixels=True)
-            built = asked.result()
-            assert built.sample.sample_id == sample_id
-            np.testing.assert_array_equal(built.images, here.images)
-            np.testing.assert_array_equal(built.sample.input_ids, here.sample.input_ids)
+            here = decode(pictured, sample_id, 4, 0)
+            np.testing.assert_array_equal(np.array(asked.result()), np.array(here))
         root = pictured.annotation_set(1).root
         (root / "1.png").unlink()
         message = r"tiny\.jsonl:2 \(set 'tiny', id '1'\): .*1\.png: the image does not exist"
         with pytest.raises(DataError, match=message):
-            pool.submit(1, seed=4, epoch=0).result()
-        pool.submit(0, seed=4, epoch=0).result()  # the worker lives on
+            pool.submit(1, 4, 0).result()
+        pool.submit(0, 4, 0).result()  # the worker lives on
     finally:
         pool.close()
     assert multiprocessing.active_children() == []
@@ -81,40 +71,64 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(pictured: Dataset) ->
     os.mkfifo(root / "1.png")  # reading it waits for ever
     pool = WorkerPool(pictured, 1)
     try:
-        pending = [pool.submit(sample_id, seed=0, epoch=0) for sample_id in (0, 1, 2)]
+        pending = [pool.submit(sample_id, 0, 0) for sample_id in (0, 1, 2)]
         pending[0].result()
         time.sleep(0.1)
         for child in multiprocessing.active_children():
             os.kill(child.pid or 0, signal.SIGKILL)
         message = (
-            r"tiny\.jsonl:2 \(set 'tiny', id '1'\): data worker 0 was killed while it built this "
-            r"sample \(images \['1\.png'\]\); .* lower data\.num_workers"
+            r"tiny\.jsonl:2 \(set 'tiny', id '1'\): data worker 0 ended \(killed by SIGKILL\) "
+            r"while it decoded this sample \(images \['1\.png'\]\); .* lower data\.num_workers"
         )
         with pytest.raises(DataError, match=message):
             pending[1].result()
-        with pytest.raises(DataError, match="data worker 0 was killed"):
-            pool.submit(2, seed=0, epoch=0).result()
+        with pytest.raises(DataError, match="data worker 0 ended"):
+            pool.submit(2, 0, 0).result()
+        pictured.annotation_set(1).annotation.unlink()
+        with pytest.raises(DataError, match=r"sample 2: data worker 0 ended .*tiny\.jsonl"):
+            pool.submit(2, 0, 0).result()
     finally:
         pool.close()
 
 
-def test_no_room_for_queues_is_an_error_that_says_so(
+def test_a_fault_of_ours_arrives_with_its_traceback(pictured: Dataset) -> None:
+    pool = WorkerPool(pictured, 1)
+    try:
+        with pytest.raises(RuntimeError, match=r"sample 3:\nTraceback (.|\n)*IndexError"):
+            pool.submit(3, 0, 0).result()
+    finally:
+        pool.close()
+
+
+def test_no_room_for_processes_is_an_error_that_says_so(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made: list[ProcessPoolExecutor] = []
+    start = multiprocessing.process.BaseProcess.start
+    started: list[object] = []
 
-    def full(*arguments: object, **options: object) -> ProcessPoolExecutor:
-        if made:
+    def full(process: multiprocessing.process.BaseProcess) -> None:
+        if started:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        made.append(ProcessPoolExecutor(1))
-        return made[0]
+        started.append(process)
+        start(process)
 
-    monkeypatch.setattr(workers, "ProcessPoolExecutor", full)
-    message = r"cannot start 3 data workers \(No space left on device\): .* data\.num_workers=0"
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", full)
+    message = r"cannot start 3 data workers \(No space left on device\): lower data\.num_workers"
     with pytest.raises(DataError, match=message):
         WorkerPool(dataset, 3)
-    with pytest.raises(RuntimeError, match="after shutdown"):
-        made[0].submit(int)
+    assert started and multiprocessing.active_children() == []
+
+
+def test_work_that_is_dropped_ends_at_once(pictured: Dataset) -> None:
+    root = pictured.annotation_set(1).root
+    (root / "1.png").unlink()
+    os.mkfifo(root / "1.png")
+    pool = WorkerPool(pictured, 1)
+    pending = [pool.submit(1, 0, 0) for _ in range(9)]
+    began = time.monotonic()
+    pool.close()
+    assert time.monotonic() - began < 5 and multiprocessing.active_children() == []
+    assert all(future.done() for future in pending)
 
 
 def test_workers_are_light() -> None:
@@ -141,7 +155,7 @@ if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         dataset = pickle.load(file)
     pool = WorkerPool(dataset, 2)
-    for asked in [pool.submit(sample_id, seed=0, epoch=0) for sample_id in (0, 1)]:
+    for asked in [pool.submit(sample_id, 0, 0) for sample_id in (0, 1)]:
         asked.result()
     print("ready", flush=True)
     signal.pause()
