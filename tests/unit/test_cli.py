@@ -13,6 +13,7 @@ import pytest
 
 from mmlm import cli
 from mmlm.checkpoint.manifest import Manifest
+from mmlm.commands import train as commands_train
 from mmlm.config.load import to_json
 from mmlm.config.presets import tiny
 from mmlm.config.schema import CheckpointConfig, DataConfig, ParallelConfig, RunConfig, TrainConfig
@@ -159,13 +160,18 @@ def test_other_ranks_print_only_what_rank_zero_may_not_know(
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     if error is not None:
-        monkeypatch.setattr(cli, "run_train", lambda options: (_ for _ in ()).throw(error))
+        def fail(options: object) -> int:
+            raise error
+
+        monkeypatch.setattr(commands_train, "run_train", fail)
+            commands_train, "run_train", lambda options: (_ for _ in ()).throw(error)
+        )
     assert cli.main(["train", "--recipe", recipe]) == 1
     assert capsys.readouterr().err == ("[rank 2] error: line 3 of a.jsonl\n" if printed else "")
 
 
 def test_bugs_keep_their_traceback(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "run_train", lambda options: 1 // 0)
+    monkeypatch.setattr(commands_train, "run_train", lambda options: 1 // 0)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "--recipe", recipe])
 

@@ -7,10 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest
-from mmlm.config.load import to_json
-from mmlm.config.presets import tiny
-from mmlm.config.schema import DataConfig, RunConfig, TrainConfig
-from mmlm.data_arguments import (
+from mmlm.commands.data_arguments import (
     add_sample_arguments,
     check_at_least,
     check_meta,
@@ -18,6 +15,9 @@ from mmlm.data_arguments import (
     read_source,
     run_seed,
 )
+from mmlm.config.load import to_json
+from mmlm.config.presets import tiny
+from mmlm.config.schema import DataConfig, RunConfig, TrainConfig
 from mmlm.errors import CheckpointError, ConfigError
 from tests.tiny_data import make_tokenizer
 

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from mmlm.commands.recipe_arguments import Commands
 from mmlm.errors import ConfigError
 
 if TYPE_CHECKING:
     from mmlm.preparation.layout import Playground
     from mmlm.preparation.sources import PublishedSet
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Stage: TypeAlias = "Callable[[Playground, argparse.Namespace], int]"
 
 DESCRIPTION = """\
@@ -47,7 +47,7 @@ STAGES = {
 }
 
 
-def add_parser(topics: Commands) -> None:
+def add_prepare_parser(topics: Commands) -> None:
     """Add ``prepare`` and its stages to the topics of ``mmlm data``."""
     prepare = topics.add_parser(
         "prepare",

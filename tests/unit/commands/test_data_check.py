@@ -20,7 +20,7 @@ from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from tests.tiny_data import conversation, make_playground, make_tokenizer, write_set
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOUND = conversation("q", "a")
 
 

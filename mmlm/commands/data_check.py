@@ -1,31 +1,21 @@
-"""The command group ``mmlm data``: look at a data set before a training does.
-
-Each topic has a function that adds its parser and one that runs it; the latter returns the exit
-status. What they call is imported when it is needed, so that ``--help`` is quick.
-"""
+"""``mmlm data check``: judge every record before a training does."""
 
 import argparse
 import os
-import sys
 from pathlib import Path
-from typing import TypeAlias
 
-from mmlm.data_arguments import add_sample_arguments, check_meta, read_sample_arguments
-from mmlm.data_dump_cli import add_dump_parser
-from mmlm.data_show_cli import add_show_parser
+from mmlm.commands.data_arguments import add_sample_arguments, check_meta, read_sample_arguments
+from mmlm.commands.recipe_arguments import Commands
 from mmlm.errors import ConfigError
-from mmlm.preparation.command import add_parser as add_prepare_parser
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
-CHECK_DESCRIPTION = """\
+DESCRIPTION = """\
 Judge every record of every set as a training would: the JSON, the turns, the
 placeholders against the pictures, the pictures (each is decoded to its end), the
 length, the supervised tokens that are left after the cut. Ids that occur twice are
 reported, but are no fault. Nothing in the data is changed.
 """
 
-CHECK_EPILOG = """\
+EPILOG = """\
 examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has made):
     mmlm data check work_dirs/demo_cache/internvl_1_2_finetune.json \\
         --load work_dirs/demo_cache/converted
@@ -48,37 +38,13 @@ exit status: 0; 1 if a record cannot be used and --policy is strict, or for an e
 """
 
 
-def add_data_parser(commands: Commands) -> None:
-    """Add ``data`` and its topics to the commands of ``mmlm``."""
-    data = commands.add_parser("data", help="prepare, check and look at training data")
-    topics = data.add_subparsers(dest="topic", required=True, metavar="TOPIC")
-    add_prepare_parser(topics)
-    _add_check(topics)
-    add_show_parser(topics)
-    add_dump_parser(topics)
-
-
-def run_data(options: argparse.Namespace) -> int:
-    """``mmlm data``: run the topic that was asked for.
-
-    Returns:
-        The exit status.
-    """
-    try:
-        status: int = options.run(options)
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return status
-
-
-def _add_check(topics: Commands) -> None:
+def add_check_parser(topics: Commands) -> None:
+    """Add ``check`` to the topics of ``mmlm data``."""
     check = topics.add_parser(
         "check",
         help="judge every record and every picture before a training does",
-        description=CHECK_DESCRIPTION,
-        epilog=CHECK_EPILOG,
+        description=DESCRIPTION,
+        epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("meta", metavar="META", help="meta json of the sets")

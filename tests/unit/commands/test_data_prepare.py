@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from mmlm import cli
+from mmlm.commands import data_prepare
+from mmlm.commands.data_prepare import STAGES
 from mmlm.data.annotation import read_meta
-from mmlm.preparation import command, sources
-from mmlm.preparation.command import STAGES
+from mmlm.preparation import sources
 from mmlm.preparation.layout import Playground
 from mmlm.preparation.sources import PublishedSet
 from tests.preparation_helpers import (
@@ -24,6 +25,12 @@ from tests.preparation_helpers import (
 )
 
 MIXED = "sharegpt4v_mix665k_cap23k_coco-ap9k_lcs3k_sam9k_div2k"
+
+
+@pytest.fixture
+def playground(tmp_path: Path) -> Playground:
+    """An empty one."""
+    return Playground(root=tmp_path / "playground")
 
 
 def prepare(*arguments: str) -> int:
@@ -194,11 +201,11 @@ def test_help_explains_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_help_needs_nothing_heavy() -> None:
     code = (
-        "import sys, mmlm.preparation.command; "
+        "import sys, mmlm.commands.data_prepare; "
         "print({'PIL', 'numpy', 'pyarrow', 'tqdm'} & set(sys.modules))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout == "set()\n"
-    assert command.STAGES
+    assert data_prepare.STAGES

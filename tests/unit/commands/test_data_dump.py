@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmlm import cli
-from mmlm.data_dump_cli import parse_ids
+from mmlm.commands.data_dump import parse_ids
 from mmlm.errors import ConfigError
 from tests.tiny_data import conversation, make_playground, make_tokenizer, write_set
 

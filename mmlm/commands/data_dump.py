@@ -2,9 +2,9 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from mmlm.data_arguments import (
+from mmlm.commands.data_arguments import (
     add_sample_arguments,
     check_at_least,
     check_meta,
@@ -12,6 +12,7 @@ from mmlm.data_arguments import (
     read_source,
     run_seed,
 )
+from mmlm.commands.recipe_arguments import Commands
 from mmlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _NUM_LISTED = 10
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DESCRIPTION = """\
 Write samples to an .npz file, exactly as they reach the model. A sample that cannot be

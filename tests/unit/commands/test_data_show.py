@@ -14,7 +14,7 @@ from PIL import Image
 from mmlm import cli
 from tests.tiny_data import conversation, make_playground, make_tokenizer, write_set
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)

@@ -4,9 +4,9 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
-from mmlm.data_arguments import (
+from mmlm.commands.data_arguments import (
     Source,
     add_sample_arguments,
     check_at_least,
@@ -15,6 +15,7 @@ from mmlm.data_arguments import (
     read_source,
     run_seed,
 )
+from mmlm.commands.recipe_arguments import Commands
 from mmlm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from mmlm.data.sample import SampleSettings
     from mmlm.data.tokenizer import Tokenizer
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DESCRIPTION = """\
 Print one sample as the model sees it: its text in the template, what of it is trained

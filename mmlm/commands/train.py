@@ -1,0 +1,48 @@
+"""``mmlm train``."""
+
+import argparse
+
+from mmlm.commands.recipe_arguments import Commands, add_recipe_arguments
+from mmlm.config.checks import check_run
+from mmlm.config.load import apply_overrides, load_recipe
+
+EPILOG = """\
+examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has made):
+  one process (CPU or GPU):
+    mmlm train --recipe examples/internvl_v1_2/recipe.py:tiny --set output_dir=work_dirs/one
+  four processes, TP 2 x PP 2:
+    torchrun --standalone --nproc-per-node 4 -m mmlm train \\
+        --recipe examples/internvl_v1_2/recipe.py:tiny \\
+        --set parallel.tensor_model_parallel_size=2 \\
+        --set parallel.pipeline_model_parallel_size=2
+
+A run that finds a checkpoint in output_dir/checkpoints continues it, in any layout.
+"""
+
+
+def add_train_parser(commands: Commands) -> None:
+    """Add ``train`` to the commands of ``mmlm``."""
+    train = commands.add_parser(
+        "train",
+        help="train a model as a recipe says",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_recipe_arguments(train, required=True)
+    train.set_defaults(run=run_train)
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Train; return the exit status."""
+    config = apply_overrides(load_recipe(options.recipe), options.overrides)
+    check_run(config)
+    # imported here: --help and configuration errors need no megatron
+    from mmlm.parallel import topology
+    from mmlm.parallel.backend import resolve_backend
+    from mmlm.train.trainer import train
+
+    backend = resolve_backend(config.backend, config.train.dtype)
+    place = topology.initialize(config.parallel)
+    train(config, place, backend)
+    topology.destroy()
+    return 0
