@@ -36,6 +36,8 @@ def finetune() -> RunConfig:
             meta="examples/internvl_v1_2/data/internvl_1_2_finetune.json",
             seq_length=2048,
             num_workers=8,
+            # a text that spells <img> or <|im_start|> is tokenized as published
+            special_literals="tokens",
         ),
         train=TrainConfig(
             global_batch_size=512,
