@@ -81,6 +81,17 @@ class HFReader:
         with _readable_errors(file, f"tensor '{name}'"):
             return self._file(file).read(name)
 
+    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """Read a block of one tensor, and of the file no more than that; else as `read`.
+
+        Args:
+            name: of the tensor.
+            place: rows, columns, ...; one slice with a start and a stop a dimension.
+        """
+        file = self.files[name]
+        with _readable_errors(file, f"tensor '{name}'"):
+            return self._file(file).read_block(name, place)
+
     def _file(self, file: Path) -> "_File":
         if file not in self._open:
             while len(self._open) >= _OPEN_FILES:
@@ -112,6 +123,10 @@ class _SafeFile:
         tensor: Tensor = self._handle.get_tensor(name)
         return tensor
 
+    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        block: Tensor = self._handle.get_slice(name)[place]
+        return block
+
 
 class _PickledFile:
     """One file of torch.save; memory-mapped unless it is of the format before torch 1.6."""
@@ -132,6 +147,9 @@ class _PickledFile:
 
     def read(self, name: str) -> Tensor:
         return self._content[name].contiguous()
+
+    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        return self._content[name][place].contiguous()
 
 
 _File = _SafeFile | _PickledFile

@@ -42,6 +42,11 @@ class HFSource:
         reader, inner = self.readers[name]
         return reader.read(inner)
 
+    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
+        """A block of one tensor; see `HFReader.read_block`."""
+        reader, inner = self.readers[name]
+        return reader.read_block(inner, place)
+
     def dtype(self, name: str) -> torch.dtype:
         """Element type of a tensor."""
         reader, inner = self.readers[name]

@@ -5,7 +5,7 @@ dtype, so a round trip is exact to the bit. Letters in shapes: h hidden size, d 
 width inside the MLP, g query groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
+
+RowRun = tuple[int, slice]
+"""Rows of one of a row's HuggingFace tensors: its place among them, and which rows."""
 
 
 class Rule(Protocol):
@@ -30,6 +33,29 @@ class Rule(Protocol):
         """Shape of the Megatron tensor, from those of the HuggingFace tensors."""
         ...
 
+    def row_runs(self, start: int, stop: int, shapes: Sequence[Shape]) -> list[RowRun]:
+        """Where rows ``start:stop`` of the Megatron tensor lie, as runs in their order.
+
+        Args:
+            start: first row.
+            stop: one past the last; rows are those of the true shape.
+            shapes: of the HuggingFace tensors.
+        """
+        ...
+
+
+def _pieces(start: int, stop: int, block: int) -> Iterator[tuple[int, slice]]:
+    """Cut ``start:stop`` at multiples of ``block``: number of the block, and rows inside it."""
+    while start < stop:
+        number, first = divmod(start, block)
+        last = min(stop - number * block, block)
+        yield number, slice(first, last)
+        start = number * block + last
+
+
+def _moved(rows: slice, by: int) -> slice:
+    return slice(rows.start + by, rows.stop + by)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Copy:
@@ -45,6 +71,9 @@ class Copy:
     def megatron_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
         return shape
+
+    def row_runs(self, start: int, stop: int, shapes: Sequence[Shape]) -> list[RowRun]:
+        return [(0, slice(start, stop))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +95,14 @@ class StackedQkv:
     def megatron_shape(self, shapes: Sequence[Shape]) -> Shape:
         (shape,) = shapes
         return shape
+
+    def row_runs(self, start: int, stop: int, shapes: Sequence[Shape]) -> list[RowRun]:
+        size = shapes[0][0] // (3 * self.num_attention_heads)
+        runs = []
+        for number, rows in _pieces(start, stop, size):
+            head, kind = divmod(number, 3)
+            runs.append((0, _moved(rows, (kind * self.num_attention_heads + head) * size)))
+        return runs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +129,18 @@ class GroupedQkv:
     def megatron_shape(self, shapes: Sequence[Shape]) -> Shape:
         return (sum(shape[0] for shape in shapes), shapes[0][1])
 
+    def row_runs(self, start: int, stop: int, shapes: Sequence[Shape]) -> list[RowRun]:
+        queries = shapes[0][0] // self.num_query_groups
+        runs = []
+        for group, in_group in _pieces(start, stop, queries + 2 * self.kv_channels):
+            end = 0
+            for place, count in enumerate((queries, self.kv_channels, self.kv_channels)):
+                first, end = end, end + count
+                rows = slice(max(in_group.start, first), min(in_group.stop, end))
+                if rows.start < rows.stop:
+                    runs.append((place, _moved(rows, group * count - first)))
+        return runs
+
 
 @dataclass(frozen=True, kw_only=True)
 class GateUp:
@@ -107,3 +156,6 @@ class GateUp:
 
     def megatron_shape(self, shapes: Sequence[Shape]) -> Shape:
         return (sum(shape[0] for shape in shapes), shapes[0][1])
+
+    def row_runs(self, start: int, stop: int, shapes: Sequence[Shape]) -> list[RowRun]:
+        return list(_pieces(start, stop, shapes[0][0]))

@@ -5,6 +5,7 @@ embedding are drawn from N(0, 0.02). Nothing happens to weights that have the ro
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,20 +91,35 @@ def grow_embedding(weight: Tensor, plan: VocabularyPlan, seed: int) -> Tensor:
     """Append rows ~ N(0, 0.02) to an embedding [old_size, h]; its dtype stays."""
     if not plan.num_new_rows:
         return weight
+    return torch.cat((weight, new_embedding_rows(plan, weight.shape[1], seed).to(weight.dtype)))
+
+
+def new_embedding_rows(plan: VocabularyPlan, width: int, seed: int) -> Tensor:
+    """fp32 rows [new, width] ~ N(0, 0.02)."""
     generator = torch.Generator().manual_seed(seed)
-    rows = EMBEDDING_STD * torch.randn(plan.num_new_rows, weight.shape[1], generator=generator)
-    return torch.cat((weight, rows.to(weight.dtype)))
+    return EMBEDDING_STD * torch.randn(plan.num_new_rows, width, generator=generator)
 
 
 def grow_head(weight: Tensor, plan: VocabularyPlan) -> Tensor:
     """Append the mean of all old rows to a head [old_size, h]; its dtype stays."""
     if not plan.num_new_rows:
         return weight
-    total = torch.zeros(weight.shape[1], dtype=torch.float64)
-    for rows in weight.split(_MEAN_ROWS):
-        total += rows.double().sum(dim=0)
-    mean = (total / weight.shape[0]).to(weight.dtype)
+    mean = mean_of_rows(lambda rows: weight[rows], weight.shape[0]).to(weight.dtype)
     return torch.cat((weight, mean.expand(plan.num_new_rows, -1)))
+
+
+def mean_of_rows(read: Callable[[slice], Tensor], num_rows: int) -> Tensor:
+    """fp64 mean [h] of all rows of a matrix, a few thousand in memory at a time.
+
+    Args:
+        read: gives the rows of a slice, [rows, h].
+        num_rows: of the whole matrix.
+    """
+    sums = [
+        read(slice(start, min(start + _MEAN_ROWS, num_rows))).double().sum(dim=0)
+        for start in range(0, num_rows, _MEAN_ROWS)
+    ]
+    return sum(sums, torch.zeros_like(sums[0])) / num_rows
 
 
 def write_tokenizer_files(source: Path, target: Path, plan: VocabularyPlan) -> None:

@@ -33,6 +33,19 @@ def test_reads_every_tensor(tmp_path: Path, file_format: FileFormat, shards: int
         assert reader.files[name].parent == tmp_path
 
 
+@pytest.mark.parametrize("file_format", ["safetensors", "bin"])
+def test_reads_blocks(tmp_path: Path, file_format: FileFormat):
+    write_model_files(tmp_path, TENSORS, file_format, 2)
+    reader = HFReader(tmp_path)
+    for name, place in (
+        ("a", (slice(1, 4), slice(2, 3))),
+        ("c", (slice(0, 2), slice(1, 2), slice(0, 1))),
+        ("d", (slice(0, 7),)),
+    ):
+        block = reader.read_block(name, place)
+        assert torch.equal(block, TENSORS[name][place]) and block.is_contiguous()
+
+
 def test_reads_single_files_shards_without_index_and_the_old_pickle(tmp_path: Path):
     for name, zipped in (("new.pth", True), ("old.pth", False)):
         torch.save(TENSORS, tmp_path / name, _use_new_zipfile_serialization=zipped)

@@ -63,3 +63,24 @@ def test_round_trip_is_exact_and_shapes_are_announced(
         assert found.dtype == dtype
         assert found.is_contiguous()
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("rule", "shapes"),
+    [
+        (Copy(), [(12, 3)]),
+        (StackedQkv(num_attention_heads=3), [(3 * 3 * 2, 3)]),
+        (GroupedQkv(num_query_groups=2, kv_channels=2), [(12, 3), (4, 3), (4, 3)]),
+        (GateUp(), [(6, 3), (6, 3)]),
+    ],
+)
+def test_any_rows_are_found(rule: Rule, shapes: list[tuple[int, ...]]):
+    """Every range of rows, also one that begins or ends inside a head."""
+    tensors = [torch.randn(shape) for shape in shapes]
+    whole = rule.to_megatron(tensors)
+    for start in range(len(whole)):
+        for stop in range(start + 1, len(whole) + 1):
+            runs = rule.row_runs(start, stop, shapes)
+            found = torch.cat([tensors[place][rows] for place, rows in runs])
+            assert torch.equal(found, whole[start:stop]), (start, stop)
+    assert rule.row_runs(2, 2, shapes) in ([], [(0, slice(2, 2))])
