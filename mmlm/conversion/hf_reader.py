@@ -82,11 +82,14 @@ class HFReader:
             return self._file(file).read(name)
 
     def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
-        """Read a block of one tensor, and of the file no more than that; else as `read`.
+        """A block of one tensor as a view of the mapped file, of which no more is read.
 
         Args:
             name: of the tensor.
             place: rows, columns, ...; one slice with a start and a stop a dimension.
+
+        Returns:
+            It need not be contiguous.
         """
         file = self.files[name]
         with _readable_errors(file, f"tensor '{name}'"):
@@ -149,7 +152,7 @@ class _PickledFile:
         return self._content[name].contiguous()
 
     def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
-        return self._content[name][place].contiguous()
+        return self._content[name][place]
 
 
 _File = _SafeFile | _PickledFile
