@@ -10,11 +10,14 @@ from mmlm.checkpoint.storage import TensorSource
 from mmlm.conversion.dtypes import DTYPES, cast
 from mmlm.conversion.hf_source import HFSource
 from mmlm.conversion.name_map import MODEL_PREFIX, Entry
-from mmlm.conversion.vocabulary import VocabularyPlan, grow_embedding, grow_head
+from mmlm.conversion.vocabulary import (
+    EMBEDDING,
+    HEAD,
+    VocabularyPlan,
+    grow_embedding,
+    grow_head,
+)
 from mmlm.errors import CheckpointError
-
-_EMBEDDING = "language_model.embedding.word_embeddings.weight"
-_HEAD = "language_model.output_layer.weight"
 
 
 class EntryReader:
@@ -72,9 +75,9 @@ class EntryReader:
         dtype = self.dtypes[key]
         tensors = [cast(self._source.read(name), dtype, name) for name in entry.hf_names]
         tensor = entry.rule.to_megatron(tensors)
-        if entry.megatron_name == _EMBEDDING:
+        if entry.megatron_name == EMBEDDING:
             return grow_embedding(tensor, self._plan, self._seed)
-        if entry.megatron_name == _HEAD:
+        if entry.megatron_name == HEAD:
             return grow_head(tensor, self._plan)
         return tensor
 

@@ -3,14 +3,14 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import Tensor
+from tqdm import tqdm
 
 from mmlm.config.model import ModelConfig
+from mmlm.conversion.block_reader import BlockReader
 from mmlm.conversion.dtypes import dtype_name
 from mmlm.conversion.entry_reader import EntryReader
 from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts
@@ -18,7 +18,7 @@ from mmlm.conversion.name_map import MODEL_PREFIX, expand
 from mmlm.conversion.vocabulary import VocabularyPlan, plan_vocabulary
 from mmlm.errors import CheckpointError
 from mmlm.models.internvl_model import InternVLModel
-from mmlm.models.model_provider import fill_weights
+from mmlm.models.model_provider import parameter_blocks
 
 VOCABULARY_SEED = 42
 """Seed of new embedding rows, unless somebody wants another."""
@@ -36,6 +36,8 @@ class HFWeights:
     """What becomes of the vocabulary."""
     reader: EntryReader
     """Makes the tensors."""
+    seed: int
+    """Of new embedding rows."""
 
     @property
     def tokenizer_dir(self) -> Path:
@@ -46,6 +48,15 @@ class HFWeights:
     def dtype(self) -> str:
         """bf16, fp16 or fp32 when all tensors are the same, otherwise mixed."""
         return dtype_name(self.reader.dtypes.values())
+
+    def blocks(self) -> BlockReader:
+        """A reader of single blocks of the same tensors."""
+        entries = expand(self.model)
+        dtypes = {
+            entry.megatron_name: self.reader.dtypes[MODEL_PREFIX + entry.megatron_name]
+            for entry in entries
+        }
+        return BlockReader(self.source, entries, dtypes, self.vocabulary, self.seed)
 
 
 def prepare_weights(
@@ -72,6 +83,7 @@ def prepare_weights(
         model=model,
         vocabulary=vocabulary,
         reader=EntryReader(source, expand(model), vocabulary, dtype, seed),
+        seed=seed,
     )
 
 
@@ -98,22 +110,34 @@ def open_weights(folder: Path) -> HFWeights:
     )
 
 
+@torch.no_grad()
 def load_hf_weights(
-    chunks: Sequence[InternVLModel], groups: ProcessGroupCollection, weights: HFWeights
-) -> None:
+    chunks: Sequence[InternVLModel],
+    groups: ProcessGroupCollection,
+    weights: HFWeights,
+    *,
+    progress: bool = False,
+) -> int:
     """Fill a model straight from HuggingFace's files.
 
-    Every rank reads, whole, the tensors that it holds a part of; two are in memory at a time.
+    Every rank reads the blocks that it holds, and no more of the files.
 
     Args:
         chunks: this rank's model.
         groups: its process groups.
         weights: of the model's sizes.
+        progress: show a bar of this rank's bytes.
+
+    Returns:
+        Bytes that this rank has read.
     """
-
-    # a parameter that is laid out anew (gate and up, q, k and v) asks for its tensor piece by piece
-    @lru_cache(maxsize=1)
-    def whole(name: str) -> Tensor:
-        return weights.reader.read(MODEL_PREFIX + name)
-
-    fill_weights(chunks, groups, lambda name, shape: whole(name))
+    reader = weights.blocks()
+    shards = parameter_blocks(chunks, groups)
+    total = sum(shard.data.nbytes for shard in shards)
+    with tqdm(
+        total=total, desc="reading weights", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        for shard in shards:
+            shard.data.copy_(reader.read(shard.key, shard.global_slice()))
+            bar.update(shard.data.nbytes)
+    return reader.bytes_read

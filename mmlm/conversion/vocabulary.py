@@ -18,6 +18,12 @@ from mmlm.conversion.hf_config import read_json
 from mmlm.data.tokenizer import NEW_TOKENS
 from mmlm.errors import CheckpointError
 
+EMBEDDING = "language_model.embedding.word_embeddings.weight"
+"""Global name of the embedding."""
+
+HEAD = "language_model.output_layer.weight"
+"""Global name of the head."""
+
 EMBEDDING_STD = 0.02
 """Standard deviation of new embedding rows."""
 

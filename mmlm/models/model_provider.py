@@ -191,12 +191,26 @@ def fill_weights(
         groups: its process groups.
         tensor: from a global name and the true global shape to the whole tensor (any device).
     """
+    for shard in parameter_blocks(chunks, groups):
+        whole = tensor(shard.key, shard.global_shape)
+        shard.data.copy_(whole[shard.global_slice()])
+
+
+def parameter_blocks(
+    chunks: Sequence[InternVLModel], groups: ProcessGroupCollection
+) -> list[ShardedTensor]:
+    """This rank's blocks of the global tensors; their data are the parameters themselves.
+
+    Args:
+        chunks: this rank's model.
+        groups: its process groups.
+
+    Returns:
+        Blocks under global names without a prefix; padding belongs to none of them.
+    """
     state = model_state(chunks, groups, prefix="")
     apply_factories(state)
-    for shard in nested_values(state):
-        if isinstance(shard, ShardedTensor):
-            whole = tensor(shard.key, shard.global_shape)
-            shard.data.copy_(whole[shard.global_slice()])
+    return [shard for shard in nested_values(state) if isinstance(shard, ShardedTensor)]
 
 
 def initialize_weights(
