@@ -124,7 +124,10 @@ class BatchLoader:
 
     def _pictures(self, plan: StepPlan, rows: Microbatch) -> dict[int, Callable[[], Pictures]]:
         """Ask the workers for the pictures of a microbatch; without them, say how to get each."""
-        samples = {sample_id for row in rows for sample_id in row} if self._with_pixels else set()
+        if not self._with_pixels:
+            return {}
+        num_images = self._dataset.table.num_images
+        samples = {number for row in rows for number in row if num_images[number] > 0}
         job = (self._seed, plan.epoch)
         if self._workers is None:
             return {number: partial(decode, self._dataset, number, *job) for number in samples}
@@ -139,8 +142,9 @@ class BatchLoader:
             sample = self._dataset.sample(
                 sample_id, seed=self._seed, epoch=plan.epoch, with_pixels=False
             )
-            if sample_id in pictures:
-                sample = replace(sample, pixel_values=self._normalised(pictures[sample_id]()))
+            if self._with_pixels:
+                images = pictures[sample_id]() if sample_id in pictures else ()
+                sample = replace(sample, pixel_values=self._normalised(images))
             samples[sample_id] = sample
         batch = collate(
             [[samples[sample_id] for sample_id in row] for row in rows],

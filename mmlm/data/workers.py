@@ -127,7 +127,7 @@ class _Worker:
         future: Future[Pictures] = Future()
         with self._lock:
             if self._is_dead:
-                future.set_exception(self._obituary(job[0]))
+                future.set_exception(self._obituary(job[0], "before"))
             else:
                 self._asked.append((job, future))
                 self._send()
@@ -166,14 +166,15 @@ class _Worker:
             with self._lock:
                 self._is_dead = True
                 asked, self._asked = self._asked, deque()
-            for (sample_id, _, _), future in asked:
-                future.set_exception(self._obituary(sample_id))
+            for number, ((sample_id, _, _), future) in enumerate(asked):
+                # answers come in order: of the samples that were lost, the first one was at work
+                when = "before" if number else "while"
+                future.set_exception(self._obituary(sample_id, when))
 
     def _receive_image(self, shape: tuple[int, ...]) -> ByteArray:
         return np.frombuffer(self._connection.recv_bytes(), dtype=np.uint8).reshape(shape)
 
-    def _obituary(self, sample_id: int) -> DataError:
-        """Answers come in order: of the samples that were lost, the first one was at work."""
+    def _obituary(self, sample_id: int, when: str) -> DataError:
         try:
             record = self._dataset.record(sample_id)
             place = place_of(record, self._dataset.annotation_set(sample_id))
@@ -181,7 +182,7 @@ class _Worker:
         except DataError as error:
             place, images = f"sample {sample_id}", str(error)
         return DataError(
-            f"{place}: data worker {self._number} ended ({_reason(self._process.exitcode)}) while "
+            f"{place}: data worker {self._number} ended ({_reason(self._process.exitcode)}) {when} "
             f"it decoded this sample ({images}); if memory ran out, lower data.num_workers or "
             "data.prefetch_iterations, otherwise look at the images"
         )

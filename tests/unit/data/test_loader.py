@@ -1,6 +1,7 @@
 """Batches ahead of training: complete, the same for any number of workers, errors with a place."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mmlm.data import loader as loader_room
 from mmlm.data import sample as sample_room
 from mmlm.data.collate import Batch
 from mmlm.data.dataset import Dataset, open_dataset
@@ -15,6 +17,7 @@ from mmlm.data.loader import BatchLoader
 from mmlm.data.planners import EvaluationPlanner, TrainPlanner
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
+from mmlm.data.workers import Pictures, decode
 from mmlm.errors import DataError
 from tests.tiny_data import conversation, make_playground, write_set
 
@@ -120,6 +123,34 @@ def test_each_picture_is_decoded_once_and_only_where_wanted(
     with loader(dataset, end_iteration=1) as source:
         batches = source.batches(0)[1]
     assert len(opened) == len(set(opened)) == sum(len(batch.image_ids) for batch in batches) > 0
+
+
+def test_workers_are_asked_for_pictures_alone(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    class Spy:
+        def __init__(self, *arguments: object) -> None: ...
+
+        def submit(self, sample_id: int, seed: int, epoch: int) -> "Future[Pictures]":
+            asked.append(sample_id)
+            future: Future[Pictures] = Future()
+            future.set_result(decode(dataset, sample_id, seed, epoch))
+            return future
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr(loader_room, "WorkerPool", Spy)
+    with loader(dataset, num_workers=1, end_iteration=1) as source:
+        batches = source.batches(0)[1]
+    samples = {sample_id for batch in batches for sample_id in batch.sample_ids}
+    pictured = {sample_id for sample_id in samples if dataset.table.num_images[sample_id]}
+    assert sorted(asked) == sorted(pictured) != sorted(samples)
+    asked.clear()
+    with loader(dataset, num_workers=1, with_pixels=False) as source:
+        source.batches(0)
+    assert asked == []
 
 
 def test_the_next_iteration_is_prepared_and_none_beyond_the_end(dataset: Dataset) -> None:

@@ -82,7 +82,7 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(pictured: Dataset) ->
         )
         with pytest.raises(DataError, match=message):
             pending[1].result()
-        with pytest.raises(DataError, match="data worker 0 ended"):
+        with pytest.raises(DataError, match=r"data worker 0 ended \(killed by SIGKILL\) before"):
             pool.submit(2, 0, 0).result()
         pictured.annotation_set(1).annotation.unlink()
         with pytest.raises(DataError, match=r"sample 2: data worker 0 ended .*tiny\.jsonl"):
