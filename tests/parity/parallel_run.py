@@ -21,7 +21,13 @@ from torch import Tensor
 
 from mmlm.checkpoint.optimizer_state import optimizer_sharded_state
 from mmlm.config.model import ModelConfig
-from mmlm.config.schema import BackendConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from mmlm.config.schema import (
+    BackendConfig,
+    OptimizerConfig,
+    Packing,
+    ParallelConfig,
+    TrainConfig,
+)
 from mmlm.conversion.hf_config import language_from_hf, vision_from_hf
 from mmlm.conversion.name_map import expand
 from mmlm.data.collate import Batch, collate
@@ -54,6 +60,8 @@ class Layout:
     sp: bool = False
     packed: bool = True
     """False: every row is one sample, as the reference computes it."""
+    packing: Packing = "pack"
+    """Any other: as above, and rows are padded to the longest of their microbatch."""
     overlap: bool = False
     """Overlap gradient reduction and weight gathering with computation, in small buckets."""
 
@@ -68,7 +76,7 @@ class Layout:
         if self.pipeline_layout != "auto":
             name += f"-{self.pipeline_layout}"
         rows = f"s{self.seq_length}x{self.micro_batch_size}" if self.packed else "unpacked"
-        return f"{name}-{rows}"
+        return f"{name}-{rows}" + f"-{self.packing}" * (self.packing != "pack")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,10 +170,12 @@ def rank_batches(
         loss_weight=train.loss_weight,
         loss_group_size=train.loss_group_size,
         microbatch_multiple=parallel.microbatch_multiple,
+        packing=layout.packing,
     )
     samples_in_row = [len(row) for of_rank in plan.microbatches for rows in of_rank for row in rows]
     # packed means packed, but where the layout wants as many rows as there are samples
-    can_share = layout.packed and len(samples_in_row) < sum(samples_in_row)
+    may_share = layout.packed and layout.packing == "pack"
+    can_share = may_share and len(samples_in_row) < sum(samples_in_row)
     assert can_share == (max(samples_in_row) > 1), samples_in_row
     return [
         collate(
@@ -174,6 +184,7 @@ def rank_batches(
             image_size=56,
             with_pixels=with_pixels,
             pad_to_multiple_of=parallel.token_multiple,
+            pad_rows=plan.pads_rows,
         )
         for rows in plan.microbatches[topology.dp_rank]
     ]

@@ -48,6 +48,8 @@ LAYOUTS = [
     Layout(pp=2, vpp=3, pipeline_layout="v|v|vpE|t|t|tL"),
     Layout(tp=2, pp=2, vpp=2, sp=True, pipeline_layout="vv|vpEt|tt|L"),
     Layout(pp=2, dp=2, vpp=2, packed=False),
+    Layout(dp=2, micro_batch_size=2, packing="none"),  # rows padded to the longest
+    Layout(tp=2, pp=2, sp=True, micro_batch_size=3, packing="published"),
     Layout(dp=2, overlap=True),
     Layout(tp=2, pp=2, dp=2, sp=True, overlap=True, pipeline_layout="vv|vpEtttL"),
     Layout(pp=2, dp=2, vpp=2, overlap=True, pipeline_layout="v|vv|pEtt|tL"),
