@@ -1,10 +1,14 @@
 """The command group ``mmlm debug``: look inside a training."""
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 
-from mmlm.commands.recipe_arguments import Commands, add_recipe_arguments
+from mmlm.commands.recipe_arguments import (
+    Commands,
+    add_recipe_arguments,
+    add_weights_arguments,
+    with_weights,
+)
 from mmlm.config.load import apply_overrides, load_recipe
 from mmlm.errors import ConfigError
 
@@ -49,15 +53,7 @@ def add_debug_parser(commands: Commands) -> None:
         epilog=GRADIENTS_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    weights = gradients.add_mutually_exclusive_group(required=True)
-    weights.add_argument("--load", help="checkpoint: a folder with 'latest'")
-    weights.add_argument(
-        "--load-hf",
-        metavar="DIR",
-        help="HuggingFace weights, read directly: a combined InternVL-Chat folder, or a folder "
-        "with the parts as vision/ and llm/ (sizes of the samples are kept in "
-        "work_dirs/run/data_cache unless --set data.cache_dir=... says where)",
-    )
+    add_weights_arguments(gradients)
     gradients.add_argument("--data", required=True, metavar="META", help="meta json of the sets")
     gradients.add_argument("--output", required=True, metavar="FILE", help="file to write")
     gradients.add_argument("--overwrite", action="store_true", help="replace FILE if it is there")
@@ -97,23 +93,22 @@ def run_debug_gradients(options: argparse.Namespace) -> int:
     sample_ids = _sample_ids(options.ids)
     from mmlm.parallel import topology
     from mmlm.parallel.backend import resolve_backend
-    from mmlm.train.debug_gradients import GradientRequest, debug_gradients, hf_settings
-    from mmlm.train.evaluation_run import settings_of
+    from mmlm.train.debug_gradients import GradientRequest, debug_gradients
+    from mmlm.train.evaluation_run import hf_settings, settings_of
     from mmlm.train.gradient_file import check_output, describe
 
     output = Path(options.output)
     check_output(output, overwrite=options.overwrite)
-    load_hf = Path(options.load_hf) if options.load_hf else None
     if options.recipe:
         config = load_recipe(options.recipe)
+    elif options.load_hf:
+        config = hf_settings(Path(options.load_hf))
     else:
-        config = hf_settings(load_hf) if load_hf else settings_of(Path(options.load))
-    config = apply_overrides(config, options.overrides)
-    config = replace(config, checkpoint=replace(config.checkpoint, load=options.load or ""))
+        config = settings_of(Path(options.load))
+    config = with_weights(apply_overrides(config, options.overrides), options)
     request = GradientRequest(
         meta=options.data,
         output=output,
-        load_hf=load_hf,
         iteration=options.iteration,
         sample_ids=sample_ids,
         activations=options.activations,

@@ -2,10 +2,14 @@
 
 import argparse
 import json
-from dataclasses import replace
 from pathlib import Path
 
-from mmlm.commands.recipe_arguments import Commands, add_recipe_arguments
+from mmlm.commands.recipe_arguments import (
+    Commands,
+    add_recipe_arguments,
+    add_weights_arguments,
+    with_weights,
+)
 from mmlm.config.load import apply_overrides, load_recipe
 from mmlm.errors import ConfigError
 
@@ -13,10 +17,11 @@ from mmlm.errors import ConfigError
 def add_evaluate_parser(commands: Commands) -> None:
     """Add ``evaluate`` to the commands of ``mmlm``."""
     evaluate = commands.add_parser(
-        "evaluate", help="loss and exact match of a checkpoint on the sets of a meta json"
+        "evaluate",
+        help="loss and exact match of weights on the sets of a meta json",
     )
     add_recipe_arguments(evaluate, required=False)
-    evaluate.add_argument("--load", required=True, help="checkpoint: a folder with 'latest'")
+    add_weights_arguments(evaluate)
     evaluate.add_argument("--data", required=True, help="meta json of the split")
     evaluate.add_argument("--output", help="write the report as JSON to this file")
     evaluate.set_defaults(run=run_evaluate)
@@ -33,11 +38,15 @@ def run_evaluate(options: argparse.Namespace) -> int:
             raise ConfigError(f"--output {options.output}: {error.strerror}") from error
     from mmlm.parallel import topology
     from mmlm.parallel.backend import resolve_backend
-    from mmlm.train.evaluation_run import evaluate_checkpoint, settings_of
+    from mmlm.train.evaluation_run import evaluate_checkpoint, hf_settings, settings_of
 
-    config = load_recipe(options.recipe) if options.recipe else settings_of(Path(options.load))
-    config = apply_overrides(config, options.overrides)
-    config = replace(config, checkpoint=replace(config.checkpoint, load=options.load))
+    if options.recipe:
+        config = load_recipe(options.recipe)
+    elif options.load_hf:
+        config = hf_settings(Path(options.load_hf))
+    else:
+        config = settings_of(Path(options.load))
+    config = with_weights(apply_overrides(config, options.overrides), options)
     backend = resolve_backend(config.backend, config.train.dtype)
     place = topology.initialize(config.parallel)
     report = evaluate_checkpoint(config, options.data, place, backend)

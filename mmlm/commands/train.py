@@ -1,6 +1,7 @@
 """``mmlm train``."""
 
 import argparse
+from dataclasses import replace
 
 from mmlm.commands.recipe_arguments import Commands, add_recipe_arguments
 from mmlm.config.checks import check_run
@@ -29,12 +30,22 @@ def add_train_parser(commands: Commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe_arguments(train, required=True)
+    train.add_argument(
+        "--load-hf",
+        metavar="DIR",
+        help="start from HuggingFace weights as they are: a combined InternVL-Chat folder, or a "
+        "folder with the parts as vision/ and llm/; takes the place of checkpoint.load, and a run "
+        "that resumes ignores it",
+    )
     train.set_defaults(run=run_train)
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train; return the exit status."""
     config = apply_overrides(load_recipe(options.recipe), options.overrides)
+    if options.load_hf:
+        named = replace(config.checkpoint, load="", load_hf=options.load_hf)
+        config = replace(config, checkpoint=named)
     check_run(config)
     # imported here: --help and configuration errors need no megatron
     from mmlm.parallel import topology

@@ -15,7 +15,8 @@ def check_run(config: RunConfig) -> None:
     """
     problems = []
     own = Path(config.output_dir) / "checkpoints"
-    has_source = bool(config.checkpoint.load) or (own.is_dir() and any(own.glob("iter_*")))
+    named = bool(config.checkpoint.load or config.checkpoint.load_hf)
+    has_source = named or (own.is_dir() and any(own.glob("iter_*")))
     if not config.data.meta:
         problems.append("data.meta is empty: give the meta json of the sets to train on")
     for name, file in (("data.meta", config.data.meta), ("eval_meta", config.eval_meta)):
@@ -23,13 +24,13 @@ def check_run(config: RunConfig) -> None:
             problems.append(f"{name}: the file '{file}' does not exist")
     if config.model is None and not has_source:
         problems.append(
-            "model is not given and checkpoint.load is empty: sizes come from one of them; convert "
-            "weights with tools/checkpoint_convert/hf_to_megatron.py or use a preset"
+            "model is not given and checkpoint.load and load_hf are empty: sizes come from one of "
+            "them; name weights (--load-hf takes them as published) or use a preset"
         )
     if not has_source and not config.data.tokenizer:
         problems.append(
-            "data.tokenizer is empty and no checkpoint.load is given to take one from: name "
-            "the folder that holds tokenizer.model"
+            "data.tokenizer is empty and no checkpoint.load or load_hf is given to take one from: "
+            "name the folder that holds tokenizer.model"
         )
     if config.train.eval_interval and not config.eval_meta:
         problems.append("train.eval_interval is set but eval_meta is empty")

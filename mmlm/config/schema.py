@@ -265,6 +265,9 @@ class CheckpointConfig:
 
     load: str = ""
     """Checkpoint to take weights from when there is nothing to resume; empty: fresh weights."""
+    load_hf: str = ""
+    """The same from HuggingFace weights as they are: a combined InternVL-Chat folder, or a folder
+    with the parts as ``vision/`` and ``llm/``."""
     save_interval: int = 200
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
     keep: int = 3
@@ -274,6 +277,9 @@ class CheckpointConfig:
         require(
             "checkpoint",
             {
+                "load and load_hf are both given: weights come from one of them": not (
+                    self.load and self.load_hf
+                ),
                 f"save_interval {self.save_interval} must be at least 0": self.save_interval >= 0,
                 f"keep {self.keep} must be at least 0": self.keep >= 0,
             },

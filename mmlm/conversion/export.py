@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest
 from mmlm.checkpoint.storage import TensorReader
+from mmlm.config.model import ModelConfig
 from mmlm.conversion.assets import (
     COMBINED_CONFIG_FILE,
     LLM_CONFIG_FILE,
@@ -62,12 +63,7 @@ class Export:
             self._tensors(self._entries, on_bytes),
             self._max_shard_bytes,
         )
-        vision, llm = self._vision_json(), self._llm_json()
-        original = read_asset(self._assets, COMBINED_CONFIG_FILE)
-        content = combined_to_hf(self._model, vision, llm, original, self._torch_dtype)
-        write_json(folder / "config.json", content)
-        copy_vision_files(self._assets, folder)
-        copy_llm_files(self._assets, folder)
+        write_small_files(folder, self._model, self._assets, self._torch_dtype)
 
     def write_parts(self, folder: Path, on_bytes: OnBytes) -> None:
         """The three parts as they were published."""
@@ -125,6 +121,24 @@ class Export:
         return language_to_hf(
             self._model.language, read_asset(self._assets, LLM_CONFIG_FILE), self._torch_dtype
         )
+
+
+def write_small_files(folder: Path, model: ModelConfig, assets: Path, torch_dtype: str) -> None:
+    """Everything of the combined folder beside its weights: config.json and the tokenizer.
+
+    Args:
+        folder: existing folder.
+        model: sizes.
+        assets: folder of what the weights came with; may be empty or missing.
+        torch_dtype: torch's name of the element type, e.g. ``bfloat16``.
+    """
+    vision = vision_to_hf(model.vision, read_asset(assets, VISION_CONFIG_FILE), torch_dtype)
+    llm = language_to_hf(model.language, read_asset(assets, LLM_CONFIG_FILE), torch_dtype)
+    original = read_asset(assets, COMBINED_CONFIG_FILE)
+    content = combined_to_hf(model, vision, llm, original, torch_dtype)
+    write_json(folder / "config.json", content)
+    copy_vision_files(assets, folder)
+    copy_llm_files(assets, folder)
 
 
 def _key(entry: Entry) -> str:

@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from mmlm.config.schema import RunConfig
-from mmlm.conversion.hf_weights import open_weights
 from mmlm.data.dataset import Dataset
 from mmlm.data.loader import BatchLoader
 from mmlm.data.packing import packing_cost
@@ -26,19 +25,12 @@ from mmlm.models.model_provider import PARTS
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
-from mmlm.train.evaluation_run import default_settings, start_from
 from mmlm.train.forward_step import DropPath, training_forward_step
 from mmlm.train.gradient_file import GradientFile, batch_specs, sample_specs
 from mmlm.train.gradients import gradient_shards
 from mmlm.train.optimizer import wrap_ddp
-from mmlm.train.setup import (
-    Start,
-    build_chunks,
-    check_data,
-    data_fingerprint,
-    load_tokenizer,
-    open_data,
-)
+from mmlm.train.setup import build_chunks, check_data, data_fingerprint, open_data
+from mmlm.train.start import Start, load_tokenizer, named_start
 from mmlm.train.step_record import SampleLoss, StepRecord
 from mmlm.train.train_step import run_schedule
 
@@ -51,8 +43,6 @@ class GradientRequest:
     """Meta json of the data."""
     output: Path
     """File to write."""
-    load_hf: Path | None = None
-    """HuggingFace folder to take weights from; None: ``checkpoint.load`` of the config."""
     iteration: int = 0
     """Which global batch of the training's data order."""
     sample_ids: tuple[int, ...] | None = None
@@ -63,22 +53,14 @@ class GradientRequest:
     """Drop what the training would drop in this iteration; otherwise nothing is dropped."""
 
 
-def hf_settings(folder: Path) -> RunConfig:
-    """The settings for weights that no run has made: the defaults in the weights' precision.
-
-    Raises:
-        MmlmError: as `open_weights`.
-    """
-    return default_settings(open_weights(folder).dtype)
-
-
 def debug_gradients(
     config: RunConfig, request: GradientRequest, topology: Topology, backend: Backend
 ) -> None:
     """Compute one global batch and write the file; collective.
 
     Args:
-        config: layout, batch, lengths, precision and what is frozen.
+        config: weights (``checkpoint.load`` or ``load_hf``), layout, batch, lengths, precision and
+            what is frozen.
         request: what is wanted.
         topology: this rank's place.
         backend: which implementations.
@@ -86,8 +68,7 @@ def debug_gradients(
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: _start(config, request), topology.control_group)
-    config = _with_tokenizer(config, start)
+    start = on_rank_zero(lambda: named_start(config), topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     check_data(config, start, tokenizer)
     dataset = open_data(config, request.meta, start.model, tokenizer, topology)
@@ -151,21 +132,6 @@ def _forward_backward(
     with record:
         reports = run_schedule(model, record, batches, forward_only=False)
     return sum(float(report["loss"]) for report in reports) if topology.tp_rank == 0 else 0.0
-
-
-def _with_tokenizer(config: RunConfig, start: Start) -> RunConfig:
-    """HuggingFace weights bring their own tokenizer."""
-    if start.hf_dir is None or config.data.tokenizer:
-        return config
-    folder = open_weights(start.hf_dir).tokenizer_dir
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder)))
-
-
-def _start(config: RunConfig, request: GradientRequest) -> Start:
-    if request.load_hf is None:
-        return start_from(Path(config.checkpoint.load))
-    model = open_weights(request.load_hf).model
-    return Start(checkpoint=None, manifest=None, resumes=False, model=model, hf_dir=request.load_hf)
 
 
 def _planner(

@@ -1,4 +1,4 @@
-"""``mmlm evaluate``: a checkpoint on a split, without optimizer."""
+"""``mmlm evaluate``: weights on a split, without optimizer."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -7,18 +7,20 @@ from typing import Any, Literal
 from mmlm.checkpoint.manifest import Manifest, resolve
 from mmlm.config.load import from_json
 from mmlm.config.schema import ParallelConfig, RunConfig, TrainConfig
+from mmlm.conversion.hf_weights import open_weights
 from mmlm.errors import CheckpointError, ConfigError
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
 from mmlm.train.evaluate import evaluate
-from mmlm.train.setup import Start, build_chunks, check_data, load_tokenizer, open_data
+from mmlm.train.setup import build_chunks, check_data, open_data
+from mmlm.train.start import load_tokenizer, named_start
 
 
 def evaluate_checkpoint(
     config: RunConfig, meta: str, topology: Topology, backend: Backend
 ) -> dict[str, Any]:
-    """Load the weights of ``checkpoint.load`` and judge a split; collective.
+    """Load the weights of ``checkpoint.load`` or ``load_hf`` and judge a split; collective.
 
     Args:
         config: layout, batch and lengths; of training only the precision matters.
@@ -32,7 +34,7 @@ def evaluate_checkpoint(
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: start_from(Path(config.checkpoint.load)), topology.control_group)
+    start = on_rank_zero(lambda: named_start(config), topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     check_data(config, start, tokenizer)
     dataset = open_data(config, meta, start.model, tokenizer, topology)
@@ -69,12 +71,10 @@ def default_settings(stored_dtype: str) -> RunConfig:
     return RunConfig(train=TrainConfig(dtype=dtype))
 
 
-def start_from(path: Path) -> Start:
-    """Begin anew from the weights of a checkpoint, in one process.
+def hf_settings(folder: Path) -> RunConfig:
+    """The same for a HuggingFace folder.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be used.
+        MmlmError: as `open_weights`.
     """
-    checkpoint = resolve(path)
-    manifest = Manifest.read(checkpoint)
-    return Start(checkpoint=checkpoint, manifest=manifest, resumes=False, model=manifest.model)
+    return default_settings(open_weights(folder).dtype)

@@ -9,11 +9,9 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, iterations, resolve
 from mmlm.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
-from mmlm.config.load import to_json
 from mmlm.config.model import ModelConfig
 from mmlm.config.schema import RunConfig
 from mmlm.conversion.hf_weights import load_hf_weights, open_weights
@@ -21,7 +19,8 @@ from mmlm.data.dataset import Dataset, cache_folder, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
-from mmlm.errors import CheckpointError, ConfigError
+from mmlm.errors import ConfigError
+from mmlm.log import get_logger
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import (
     build_model,
@@ -34,33 +33,7 @@ from mmlm.parallel.backend import Backend
 from mmlm.parallel.stage_plan import StagePlan, make_stage_plan
 from mmlm.parallel.topology import Topology
 from mmlm.train.optimizer import make_optimizer, make_scheduler, wrap_ddp
-
-
-@dataclass(frozen=True, kw_only=True)
-class Start:
-    """Where a run begins."""
-
-    checkpoint: Path | None
-    """One iteration's directory; None for fresh weights."""
-    manifest: Manifest | None
-    """What it says."""
-    resumes: bool
-    """True: continue that run, optimizer and data order included. False: take the weights."""
-    model: ModelConfig
-    """Sizes."""
-    hf_dir: Path | None = None
-    """HuggingFace folder that weights are read from directly, where there is no checkpoint."""
-
-    @property
-    def iteration(self) -> int:
-        """Iterations already done."""
-        return self.manifest.iteration if self.resumes and self.manifest is not None else 0
-
-    @property
-    def assets_dir(self) -> Path | None:
-        """Folder of HuggingFace configs and tokenizer files, if the checkpoint has one."""
-        folder = None if self.checkpoint is None else self.checkpoint / ASSETS_DIR
-        return folder if folder is not None and folder.is_dir() else None
+from mmlm.train.start import Start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,71 +50,6 @@ class TrainingState:
     def chunks(self) -> list[InternVLModel]:
         """The chunks without their wrappers."""
         return [chunk.module for chunk in self.model]
-
-
-def checkpoint_root(config: RunConfig) -> Path:
-    """Folder of a run's own checkpoints."""
-    return Path(config.output_dir) / "checkpoints"
-
-
-def find_start(config: RunConfig) -> Start:
-    """Decide where the run begins: its own newest checkpoint, else ``checkpoint.load``, else fresh.
-
-    Raises:
-        CheckpointError: if a named checkpoint cannot be used.
-        ConfigError: if the sizes are given and differ from the checkpoint's, or are not given.
-    """
-    root = checkpoint_root(config)
-    # a kill while an iteration is replaced can leave `latest` and the set-aside checkpoint alone
-    resumes = bool(iterations(root)) or (root / LATEST_FILE).is_file()
-    source = root if resumes else Path(config.checkpoint.load) if config.checkpoint.load else None
-    if source is None:
-        if config.model is None:
-            raise ConfigError("model is not given and there is no checkpoint to read it from")
-        return Start(checkpoint=None, manifest=None, resumes=False, model=config.model)
-    checkpoint = resolve(source)
-    manifest = Manifest.read(checkpoint)
-    if config.model is not None and config.model != manifest.model:
-        raise ConfigError(
-            f"model in the recipe differs from the model in {checkpoint}: "
-            f"{config.model} against {manifest.model}; leave model out of the recipe"
-        )
-    if resumes and not manifest.has_optimizer:
-        raise CheckpointError(
-            f"{checkpoint} has no optimizer state, so it cannot be resumed; use another output_dir "
-            "and give it as checkpoint.load"
-        )
-    if resumes:
-        _refuse_changes(config, manifest, checkpoint)
-    return Start(checkpoint=checkpoint, manifest=manifest, resumes=resumes, model=manifest.model)
-
-
-_FIXED_SETTINGS = (
-    "train.global_batch_size",
-    "train.seed",
-    "train.loss_weight",
-    "train.loss_group_size",
-    "train.dtype",
-    "data.seq_length",
-    "data.packing",
-)
-"""What decides the order of the data and the arithmetic, and so cannot change within a run."""
-
-
-def _refuse_changes(config: RunConfig, manifest: Manifest, checkpoint: Path) -> None:
-    """Refuse to resume with settings that would repeat or skip samples or change the loss."""
-    before, now = manifest.run_config or {}, to_json(config)
-    changes = []
-    for key in _FIXED_SETTINGS:
-        section, field = key.split(".")
-        old = before.get(section, {}).get(field)
-        if old != now[section][field]:
-            changes.append(f"{key} was {old} and is {now[section][field]}")
-    if changes:
-        raise ConfigError(
-            f"{checkpoint} cannot be resumed with other settings: {'; '.join(changes)}. Set them "
-            "back, or start a new run in another output_dir with this one as checkpoint.load"
-        )
 
 
 def data_fingerprint(dataset: Dataset) -> dict[str, Any]:
@@ -170,22 +78,6 @@ def refuse_other_data(start: Start, dataset: Dataset) -> None:
             f"{start.checkpoint} was trained on other data: {before}, now {now}; resume with the "
             "same data, or start a new run in another output_dir with this one as checkpoint.load"
         )
-
-
-def load_tokenizer(config: RunConfig, start: Start) -> Tokenizer:
-    """The tokenizer of ``data.tokenizer``, or the one kept beside the checkpoint.
-
-    Raises:
-        ConfigError: if there is neither.
-    """
-    if config.data.tokenizer:
-        return Tokenizer(config.data.tokenizer)
-    if start.assets_dir is None:
-        raise ConfigError(
-            "data.tokenizer is empty and the checkpoint keeps no tokenizer files: give the folder "
-            "that holds tokenizer.model"
-        )
-    return Tokenizer(start.assets_dir)
 
 
 def open_data(
@@ -251,7 +143,14 @@ def build_chunks(
     )
     chunks = build_model(start.model, plan, topology, backend, config.train, config.parallel)
     if start.hf_dir is not None:
-        load_hf_weights(chunks, topology.groups, open_weights(start.hf_dir))
+        weights = open_weights(start.hf_dir)
+        show = topology.rank == 0
+        num_bytes = load_hf_weights(chunks, topology.groups, weights, progress=show)
+        if show:
+            get_logger().info(
+                f"rank 0 read {num_bytes / 1e9:.1f} of the {weights.reader.num_bytes / 1e9:.1f} GB "
+                f"in {start.hf_dir}"
+            )
     elif start.checkpoint is None:
         initialize_weights(chunks, topology.groups, config.train.seed)
     else:

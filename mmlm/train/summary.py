@@ -20,7 +20,7 @@ from mmlm.parallel.backend import Backend
 from mmlm.parallel.stage_plan import StagePlan
 from mmlm.parallel.topology import Topology
 from mmlm.train.optimizer import warmup_iterations
-from mmlm.train.setup import Start
+from mmlm.train.start import Start
 
 
 def parameter_counts(chunks: Sequence[InternVLModel], topology: Topology) -> list[dict[str, int]]:
@@ -59,7 +59,9 @@ def describe_run(
     """The start-up summary as text."""
     lines = ["", "mmlm training", *_layout_lines(config, topology, plan, counts)]
     lines += _backend_lines(config, backend)
-    if start.checkpoint is None:
+    if start.hf_dir is not None:
+        lines.append(f"start       HuggingFace weights of {start.hf_dir}")
+    elif start.checkpoint is None:
         lines.append("start       fresh weights")
     else:
         verb = "resumes" if start.resumes else "weights from"

@@ -4,7 +4,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmlm.checkpoint.assets import read_assets
 from mmlm.checkpoint.manifest import Manifest
 from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
@@ -23,19 +22,16 @@ from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
 from mmlm.train.metrics import MetricsLog
 from mmlm.train.optimizer import gather_parameters
 from mmlm.train.setup import (
-    Start,
     TrainingState,
     build_training,
     check_data,
-    checkpoint_root,
     data_fingerprint,
-    find_start,
-    load_tokenizer,
     open_data,
     refuse_other_data,
     train_iterations,
     training_state_dict,
 )
+from mmlm.train.start import Start, checkpoint_root, find_start, load_assets, load_tokenizer
 from mmlm.train.summary import describe_run, parameter_counts
 from mmlm.train.train_step import train_step
 
@@ -117,10 +113,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
     """Find the start, open the data, build the model, say what will be done; collective."""
     start = on_rank_zero(lambda: find_start(config), topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
-    tokenizer_dir = Path(config.data.tokenizer) if config.data.tokenizer else None
-    assets = on_rank_zero(
-        lambda: read_assets(start.assets_dir, tokenizer_dir), topology.control_group
-    )
+    assets = on_rank_zero(lambda: load_assets(config, start), topology.control_group)
     check_data(config, start, tokenizer)
     dataset = open_data(config, config.data.meta, start.model, tokenizer, topology)
     refuse_other_data(start, dataset)

@@ -50,8 +50,8 @@ def test_everything_that_is_missing_is_reported_at_once() -> None:
     message = str(caught.value)
     for part in (
         "data.meta is empty: give the meta json",
-        "model is not given and checkpoint.load is empty",
-        "data.tokenizer is empty and no checkpoint.load is given",
+        "model is not given and checkpoint.load and load_hf are empty",
+        "data.tokenizer is empty and no checkpoint.load or load_hf is given",
         "train.eval_interval is set but eval_meta is empty",
     ):
         assert part in message

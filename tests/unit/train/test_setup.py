@@ -17,15 +17,8 @@ from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
 from mmlm.train import setup
-from mmlm.train.setup import (
-    Start,
-    checkpoint_root,
-    data_fingerprint,
-    find_start,
-    load_tokenizer,
-    open_data,
-    refuse_other_data,
-)
+from mmlm.train.setup import data_fingerprint, open_data, refuse_other_data
+from mmlm.train.start import Start, checkpoint_root, find_start, load_tokenizer
 from tests.tiny_data import make_playground, make_tokenizer
 
 
