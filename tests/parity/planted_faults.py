@@ -98,10 +98,11 @@ def k_normalised_with_q_weight(patch: Patch) -> None:
 def drop_path_per_token(patch: Patch) -> None:
     """Every token is dropped on its own, at the same rate."""
 
-    def per_token(self: Any, images: Any, scales: list[float], x: Tensor) -> Tensor:
+    def per_token(self: Any, images: Any, scales: list[float], device: torch.device) -> Tensor:
         generator = torch.Generator().manual_seed(self.layer_number)
         keep = 1.0 / max(images.drop_path_scales[self.layer_number - 1].max().item(), 1.0)
-        return (torch.rand(len(x), 1, 1, generator=generator) < keep) / keep
+        shape = (sum(images.segment_lengths), 1, 1)
+        return (torch.rand(shape, generator=generator) < keep) / keep
 
     patch.setattr(InternVisionLayer, "_per_token", per_token)
 
