@@ -168,6 +168,7 @@ def as_markdown(report: dict[str, Any]) -> str:
         "dearest over the mean. Planning is processor time, one process.",
         "",
         "## Packed",
+        "",
         "| seq_length | samples | DP | fill, mean | fill, least | tokens a rank, worst | images a "
         "rank, worst | cost a rank, worst | microbatch, x mean | plan ms, median | mean | worst |",
         "|--:" * 12 + "|",
