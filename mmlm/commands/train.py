@@ -37,15 +37,25 @@ def add_train_parser(commands: Commands) -> None:
         "folder with the parts as vision/ and llm/; takes the place of checkpoint.load, and a run "
         "that resumes ignores it",
     )
+    train.add_argument(
+        "--export-hf-every",
+        type=int,
+        metavar="N",
+        help="write a combined HuggingFace folder to output_dir/hf/iter_XXXXXXX every N "
+        "iterations and after the last; as many stay as checkpoint.keep says",
+    )
     train.set_defaults(run=run_train)
 
 
 def run_train(options: argparse.Namespace) -> int:
     """Train; return the exit status."""
     config = apply_overrides(load_recipe(options.recipe), options.overrides)
+    checkpoint = config.checkpoint
     if options.load_hf:
-        named = replace(config.checkpoint, load="", load_hf=options.load_hf)
-        config = replace(config, checkpoint=named)
+        checkpoint = replace(checkpoint, load="", load_hf=options.load_hf)
+    if options.export_hf_every is not None:
+        checkpoint = replace(checkpoint, export_hf_interval=options.export_hf_every)
+    config = replace(config, checkpoint=checkpoint)
     check_run(config)
     # imported here: --help and configuration errors need no megatron
     from mmlm.parallel import topology

@@ -272,6 +272,9 @@ class CheckpointConfig:
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
     keep: int = 3
     """Newest checkpoints kept; older ones are deleted after a new one is complete. 0: all."""
+    export_hf_interval: int = 0
+    """Iterations between exports: a combined HuggingFace folder in ``<output_dir>/hf``, also after
+    the last iteration, of which as many stay as `keep` says. 0: none."""
 
     def __post_init__(self) -> None:
         require(
@@ -282,6 +285,9 @@ class CheckpointConfig:
                 ),
                 f"save_interval {self.save_interval} must be at least 0": self.save_interval >= 0,
                 f"keep {self.keep} must be at least 0": self.keep >= 0,
+                f"export_hf_interval {self.export_hf_interval} must be at least 0": (
+                    self.export_hf_interval >= 0
+                ),
             },
         )
 

@@ -25,7 +25,12 @@ from mmlm.conversion.dtypes import DTYPES, DtypeName
 from mmlm.conversion.export import Export
 from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts
 from mmlm.conversion.hf_weights import VOCABULARY_SEED, prepare_weights
-from mmlm.conversion.hf_writer import atomic_folder, check_free_space, refuse_existing
+from mmlm.conversion.hf_writer import (
+    MAX_SHARD_BYTES,
+    atomic_folder,
+    check_free_space,
+    refuse_existing,
+)
 from mmlm.errors import CheckpointError
 from mmlm.log import get_logger
 
@@ -107,7 +112,7 @@ def megatron_to_hf(
     dtype: DtypeName | None = None,
     combined: bool = True,
     parts: bool = False,
-    max_shard_size_bytes: int = 5_000_000_000,
+    max_shard_size_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:

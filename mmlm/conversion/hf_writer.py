@@ -28,6 +28,9 @@ _SAFETENSORS_DTYPES = {
     torch.int64: "I64",
 }
 
+MAX_SHARD_BYTES = 5_000_000_000
+"""Largest safetensors file, unless somebody wants another or one tensor is larger."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:

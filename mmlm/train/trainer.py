@@ -19,6 +19,7 @@ from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
 from mmlm.train.evaluate import evaluate
 from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
+from mmlm.train.hf_export import export_hf
 from mmlm.train.metrics import MetricsLog
 from mmlm.train.optimizer import gather_parameters
 from mmlm.train.setup import (
@@ -175,10 +176,24 @@ def _save_and_evaluate(run: Run, metrics: MetricsLog, done: int) -> None:
     config = run.config
     saves = _due(done, config.checkpoint.save_interval) or done == run.train_iters
     evaluates = run.held_out is not None and _due(done, config.train.eval_interval)
-    if saves or evaluates:
+    interval = config.checkpoint.export_hf_interval
+    exports = _due(done, interval) or (interval > 0 and done == run.train_iters)
+    if saves or evaluates or exports:
         gather_parameters(run.state.model)
     if saves:
         metrics.say(f"saved {save(run, done)}")
+        metrics.restart_clock()
+    if exports:
+        folder = export_hf(
+            Path(config.output_dir) / "hf",
+            done,
+            run.state.chunks,
+            run.start.model,
+            run.assets,
+            run.topology,
+            keep=config.checkpoint.keep,
+        )
+        metrics.say(f"exported {folder}")
         metrics.restart_clock()
     if run.held_out is not None and evaluates:
         report = evaluate(

@@ -185,7 +185,9 @@ def test_override_that_cannot_be_used(override: str, message: str) -> None:
 
 
 def test_unknown_field_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"\(all: load, save_interval, keep\)"):
+    with pytest.raises(
+        ConfigError, match=r"\(all: load, load_hf, save_interval, keep, export_hf_interval\)"
+    ):
         apply_overrides(RunConfig(), ["checkpoint.save=1"])
 
 
