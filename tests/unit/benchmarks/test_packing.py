@@ -23,7 +23,7 @@ def test_packing_meets_its_bars(cells: list[dict[str, Any]]) -> None:
     assert failures(timeless) == []
     for cell in cells:
         assert cell["microbatch_over_mean"] < 1.03
-        assert cell["cost_over_mean_worst"] < 1.01
+        assert cell["cost_over_mean_worst"] < 1.01 and cell["images_over_mean_worst"] < 1.04
 
 
 def test_a_bar_that_is_not_met_is_named(cells: list[dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from mmlm.data.collate import Batch
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.loader import BatchLoader
 from mmlm.data.planners import EvaluationPlanner, TrainPlanner
-from mmlm.data.sample import SampleSettings
+from mmlm.data.sample import MAX_IMAGES_PER_SAMPLE, SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.data.workers import Pictures, decode
 from mmlm.errors import DataError
@@ -100,6 +100,10 @@ def test_another_data_parallel_size_sees_the_same_samples_and_pixels(
                     pictures |= dict(zip(batch.image_ids.tolist(), pixels, strict=True))
         seen.append(pictures)
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) > 4
+    for image_id, pixels in seen[0].items():
+        sample_id, slot = divmod(image_id, MAX_IMAGES_PER_SAMPLE)
+        sample = augmented.sample(sample_id, seed=7, epoch=plan.plan(3).epoch, with_pixels=True)
+        assert sample.pixel_values is not None and sample.pixel_values[slot].tobytes() == pixels
     with loader(augmented, planner=plan, seed=8) as source:
         other = source.batches(3)[1]
     pixels = [tensor.numpy().tobytes() for batch in other for tensor in batch.pixel_values]

@@ -4,6 +4,7 @@ import errno
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,8 +141,11 @@ def test_workers_are_light() -> None:
 
 def test_the_dataset_travels_as_paths(dataset: Dataset, tmp_path: Path) -> None:
     """Not as megabytes of sizes; and the tokenizer by value, since its folder may be deleted."""
-    sent = pickle.dumps(dataset)
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(dataset.tokenizer.folder, folder)
+    sent = pickle.dumps(Dataset(dataset.indexes, Tokenizer(folder), dataset.settings))
     assert len(sent) < 20_000
+    shutil.rmtree(folder)
     again = pickle.loads(sent)
     assert again.table.num_tokens.tolist() == dataset.table.num_tokens.tolist()
     assert again.tokenizer.encode("a red <box>") == dataset.tokenizer.encode("a red <box>")
@@ -155,14 +159,17 @@ if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         dataset = pickle.load(file)
     pool = WorkerPool(dataset, 2)
-    for asked in [pool.submit(sample_id, 0, 0) for sample_id in (0, 1)]:
-        asked.result()
+    pool.submit(0, 0, 0).result()
+    pool.submit(1, 0, 0)
     print("ready", flush=True)
     signal.pause()
 """
 
 
 def test_workers_end_with_a_trainer_that_is_killed(pictured: Dataset, tmp_path: Path) -> None:
+    """One of them is at work, on a picture that never ends."""
+    (pictured.annotation_set(1).root / "1.png").unlink()
+    os.mkfifo(pictured.annotation_set(1).root / "1.png")
     (tmp_path / "dataset").write_bytes(pickle.dumps(pictured))
     (tmp_path / "orphans.py").write_text(ORPHANS)
     command = [sys.executable, str(tmp_path / "orphans.py"), str(tmp_path / "dataset")]
