@@ -245,7 +245,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"`python -m benchmarks.loader` on {report['machine']}: {report['num_samples']} JPEGs of "
         f"{SIZE[0]} x {SIZE[1]}, one worker against one process of the plain loop (Pillow decodes "
         "and resizes, SentencePiece tokenizes), in turns. Samples a second by the clock, and for "
-        "each second of processor time of the plain loop or the worker.",
+        "each second of processor time of the plain loop or the worker. The clock of the loader "
+        "needs two free cores, one of them for the consumer: it suffers most from other work.",
         "",
         "| round | plain, clock | loader, clock | plain, processor | worker, processor |",
         "|--:|--:|--:|--:|--:|",
