@@ -9,8 +9,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 RUNTIME = [
-    # torch's lower bound is megatron-core's, the upper one is the newest that was tried.
-    "torch>=2.6,<2.14",
+    # 2.7 is the first that tells where a file has its tensors; the upper bound is the newest tried.
+    "torch>=2.7,<2.14",
     # Exact: mmlm/parallel/cpu_backend.py names lines of this version and refuses others.
     "megatron-core==0.16.1",
     "matplotlib>=3.8",

@@ -4,18 +4,17 @@ The files are those of megatron-core's `torch_dist` format and any megatron-core
 the writing differs: its own writer forks processes, starts a spawned manager to collect their
 results (seconds a rank, an orphan after a kill, a hang without psutil) and holds every tensor until
 the last is written. `StreamingSaveStrategy` writes one tensor after the other, in the calling
-process, and can take each from a function at the moment it is written.
+process, and can take the rows of each from a function at the moment they are written.
 """
 
 import io
 import os
 import pickle
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -38,10 +37,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from mmlm.checkpoint.row_stream import RowSource, Slot, fill, open_kept
+from mmlm.checkpoint.torch_files import frame_of
 from mmlm.errors import CheckpointError, MmlmError
-
-TensorSource = Callable[[str], Tensor]
-"""Gives the tensor of a key, in the shape and dtype that were announced, when it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,15 +55,18 @@ class TensorInfo:
 def save_sharded(
     sharded_state_dict: Mapping[str, Any],
     directory: Path,
-    tensor_source: TensorSource | None = None,
+    row_source: RowSource | None = None,
 ) -> None:
     """Write a sharded state dict; collective, every rank of the default group must call it.
 
     Args:
         sharded_state_dict: as for `megatron.core.dist_checkpointing.save`. A ShardedTensor whose
-            data is on the meta device is fetched from `tensor_source` when its turn comes.
-        directory: a new or empty directory on a file system that all ranks share.
-        tensor_source: key -> tensor, for the meta tensors.
+            data is on the meta device is fetched from `row_source`, block by block, when its turn
+            comes.
+        directory: a new or empty directory on a file system that all ranks share. With a
+            `row_source`, it may be what a killed run of the same call left: tensors that are there
+            and equal are kept.
+        row_source: of the meta tensors.
 
     Raises:
         CheckpointError: on all ranks, when writing failed on any of them.
@@ -76,7 +77,7 @@ def save_sharded(
         dist_checkpointing.save(
             dict(sharded_state_dict),
             str(directory),
-            sharded_strategy=StreamingSaveStrategy(tensor_source),
+            sharded_strategy=StreamingSaveStrategy(row_source),
         )
 
 
@@ -112,60 +113,17 @@ def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
     """
     return {
         name: TensorInfo(shape=tuple(entry.size), dtype=entry.properties.dtype)
-        for name, entry in _read_metadata(directory).state_dict_metadata.items()
+        for name, entry in read_metadata(directory).state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-
-
-class TensorReader:
-    """Reads single tensors of a checkpoint, whatever layout wrote it; not collective.
-
-    Only the tensor asked for is in memory, beside the largest piece it is stored in.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.infos = tensor_infos(directory)
-        """Key -> shape and dtype."""
-        self._reader = _CachedReader(directory)
-
-    def read(self, key: str) -> Tensor:
-        """Return the whole tensor of a key, in its stored dtype, on the CPU.
-
-        Raises:
-            CheckpointError: when the key is missing or its file is damaged.
-        """
-        if key not in self.infos:
-            raise CheckpointError(f"{self.directory}: there is no tensor '{key}'")
-        info = self.infos[key]
-        target = {key: torch.empty(info.shape, dtype=info.dtype)}
-        with (
-            _readable_errors(f"{self.directory}: tensor '{key}' could not be read"),
-            warnings.catch_warnings(),
-        ):
-            # torch says that a load without a process group is not distributed; it is meant so.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(target, storage_reader=self._reader, no_dist=True)
-        return target[key]
-
-
-class _CachedReader(dcp.FileSystemReader):
-    """Unpickles the metadata once instead of once a tensor."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
 
 
 class StreamingSaveStrategy(SaveShardedStrategy):
     """Writes megatron-core's `torch_dist` format synchronously, one tensor after the other."""
 
-    def __init__(self, tensor_source: TensorSource | None = None) -> None:
+    def __init__(self, row_source: RowSource | None = None) -> None:
         super().__init__("torch_dist", 1)
-        self._tensor_source = tensor_source
+        self._row_source = row_source
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -177,60 +135,70 @@ class StreamingSaveStrategy(SaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_StreamingWriter(checkpoint_dir),
-            planner=_LazyPlanner(self._tensor_source),
+            storage_writer=_StreamingWriter(checkpoint_dir, self._row_source),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
-
-
-class _LazyPlanner(MCoreSavePlanner):
-    """Replaces meta tensors by what the source gives, at the moment they are written."""
-
-    def __init__(self, tensor_source: TensorSource | None) -> None:
-        super().__init__(dedup_replicated_tensors=False, flatten_state_dict=False)
-        self._tensor_source = tensor_source
-
-    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
-        data = super().resolve_data(write_item)
-        if not (isinstance(data, Tensor) and data.is_meta):
-            return data
-        key = write_item.index.fqn
-        assert self._tensor_source is not None, f"{key} has no data and there is no source for it"
-        tensor = self._tensor_source(key)
-        assert tensor.shape == data.shape, (key, tensor.shape, data.shape)
-        assert tensor.dtype == data.dtype, (key, tensor.dtype, data.dtype)
-        return tensor
 
 
 class _StreamingWriter(dcp.FileSystemWriter):
     """One file a rank, holding one tensor at a time (torch's keeps all of them until the end)."""
 
+    def __init__(self, path: str | Path, row_source: RowSource | None) -> None:
+        super().__init__(path)
+        self._row_source = row_source
+
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
-            with open(Path(self.path) / name, "wb") as stream:
+            descriptor, kept_bytes = open_kept(Path(self.path) / name)
+            with open(descriptor, "r+b") as stream:
                 for item in plan.items:
                     start = stream.tell()
-                    _write(stream, item, planner)
+                    self._write(stream, item, planner, kept_bytes)
                     length = stream.tell() - start
                     place = _StorageInfo(name, start, length)
                     results.append(WriteResult(item.index, length, place))
+                stream.truncate()
                 stream.flush()
                 os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
+    def _write(
+        self, stream: BinaryIO, item: WriteItem, planner: SavePlanner, kept_bytes: int
+    ) -> None:
+        data = planner.resolve_data(item)
+        if isinstance(data, io.BytesIO):
+            stream.write(data.getbuffer())
+        elif data.is_meta:
+            assert self._row_source is not None, f"{item.index.fqn} has neither data nor a source"
+            self._write_rows(stream, item.index.fqn, data, kept_bytes)
+        else:
+            tensor = data.detach().to("cpu")
+            if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
+                tensor = tensor.clone()  # torch.save would write the whole storage behind a view
+            torch.save(tensor, stream)
 
-def _write(stream: io.BufferedWriter, item: WriteItem, planner: SavePlanner) -> None:
-    data = planner.resolve_data(item)
-    if isinstance(data, io.BytesIO):
-        stream.write(data.getbuffer())
-        return
-    tensor = data.detach().to("cpu")
-    if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
-        tensor = tensor.clone()  # torch.save would write the whole storage behind a view
-    torch.save(tensor, stream)
+    def _write_rows(self, stream: BinaryIO, key: str, announced: Tensor, kept_bytes: int) -> None:
+        """Write what torch.save would, with the elements taken from the source block by block."""
+        frame = frame_of(torch.empty(announced.shape, dtype=announced.dtype))
+        start = stream.tell()
+        for at, piece in frame.pieces:
+            stream.seek(start + at)
+            stream.write(piece)
+        stream.flush()
+        (offset,) = frame.offsets
+        slot = Slot(
+            key=key,
+            shape=tuple(announced.shape),
+            dtype=announced.dtype,
+            offset=start + offset,
+        )
+        assert self._row_source is not None
+        fill(stream.fileno(), [slot], self._row_source, kept_bytes)
+        stream.seek(start + frame.num_bytes)
 
 
 @contextmanager
@@ -255,7 +223,8 @@ def process_group_of_one() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _read_metadata(directory: Path) -> Metadata:
+def read_metadata(directory: Path) -> Metadata:
+    """Everything that a checkpoint says of its tensors; errors as in `tensor_infos`."""
     # metadata.json is written last: without it the save did not finish.
     for name in ("metadata.json", ".metadata"):
         if not (directory / name).is_file():

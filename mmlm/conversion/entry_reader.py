@@ -1,4 +1,4 @@
-"""Megatron's tensors made out of HuggingFace's, one at a time."""
+"""Megatron's tensors made out of HuggingFace's, under the keys of a checkpoint."""
 
 from collections.abc import Callable
 
@@ -6,22 +6,27 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from mmlm.checkpoint.storage import TensorSource
-from mmlm.conversion.dtypes import DTYPES, cast
+from mmlm.checkpoint.row_stream import RowSource
+from mmlm.conversion.block_reader import BlockReader
+from mmlm.conversion.dtypes import DTYPES
+from mmlm.conversion.finite import FiniteCheck
 from mmlm.conversion.hf_source import HFSource
 from mmlm.conversion.name_map import MODEL_PREFIX, Entry
-from mmlm.conversion.vocabulary import (
-    EMBEDDING,
-    HEAD,
-    VocabularyPlan,
-    grow_embedding,
-    grow_head,
-)
+from mmlm.conversion.vocabulary import VocabularyPlan
 from mmlm.errors import CheckpointError
 
 
 class EntryReader:
-    """Makes the Megatron tensor of a key out of HuggingFace's, when it is asked for."""
+    """Makes the Megatron tensor of a key out of HuggingFace's, when it is asked for.
+
+    Args:
+        source: the files.
+        entries: every tensor of the model.
+        plan: what becomes of the vocabulary.
+        dtype: of all tensors; None keeps each as it is.
+        seed: of new embedding rows.
+        strict: refuse NaN and infinity instead of a warning.
+    """
 
     def __init__(
         self,
@@ -30,56 +35,66 @@ class EntryReader:
         plan: VocabularyPlan,
         dtype: torch.dtype | None,
         seed: int,
+        *,
+        strict: bool = False,
     ) -> None:
-        self._source, self._plan, self._seed = source, plan, seed
-        self._entries = {MODEL_PREFIX + entry.megatron_name: entry for entry in entries}
+        self._source, self._entries, self._plan, self._seed = source, entries, plan, seed
+        self._shapes = {
+            MODEL_PREFIX + entry.megatron_name: entry.megatron_shape for entry in entries
+        }
         self.dtypes = {
-            key: dtype or _common_dtype(source, entry) for key, entry in self._entries.items()
+            MODEL_PREFIX + entry.megatron_name: dtype or _common_dtype(source, entry)
+            for entry in entries
         }
         """Key -> element type in the checkpoint."""
+        self.check = FiniteCheck(strict=strict)
+        """Has looked at everything that was read."""
+        self._blocks = self.fresh_blocks()
 
     @property
     def num_bytes(self) -> int:
         """Size of all tensors in the checkpoint."""
         return sum(
-            torch.Size(entry.megatron_shape).numel() * self.dtypes[key].itemsize
-            for key, entry in self._entries.items()
+            torch.Size(shape).numel() * self.dtypes[key].itemsize
+            for key, shape in self._shapes.items()
         )
+
+    def fresh_blocks(self) -> BlockReader:
+        """A reader of single blocks of the same tensors, under global names."""
+        dtypes = {key.removeprefix(MODEL_PREFIX): dtype for key, dtype in self.dtypes.items()}
+        return BlockReader(self._source, self._entries, dtypes, self._plan, self._seed, self.check)
 
     def announced(self) -> dict[str, ShardedTensor]:
         """Shapes and dtypes without data, for `save_sharded`."""
         return {
             key: ShardedTensor.from_rank_offsets(
-                key, torch.empty(entry.megatron_shape, dtype=self.dtypes[key], device="meta")
+                key, torch.empty(shape, dtype=self.dtypes[key], device="meta")
             )
-            for key, entry in self._entries.items()
+            for key, shape in self._shapes.items()
         }
 
-    def counted(self, on_bytes: Callable[[int], object]) -> TensorSource:
-        """The function that `save_sharded` takes tensors from.
+    def counted(self, on_bytes: Callable[[int], object]) -> RowSource:
+        """The function that `save_sharded` takes rows from.
 
         Args:
-            on_bytes: called with the size of every tensor that was made.
+            on_bytes: called with the size of every block that was made.
         """
 
-        def read(key: str) -> Tensor:
-            tensor = self.read(key)
-            on_bytes(tensor.nbytes)
-            return tensor
+        def read_rows(key: str, start: int, stop: int) -> Tensor:
+            block = self.read_rows(key, start, stop)
+            on_bytes(block.nbytes)
+            return block
 
-        return read
+        return read_rows
 
     def read(self, key: str) -> Tensor:
         """The tensor of a key, in the announced shape and dtype."""
-        entry = self._entries[key]
-        dtype = self.dtypes[key]
-        tensors = [cast(self._source.read(name), dtype, name) for name in entry.hf_names]
-        tensor = entry.rule.to_megatron(tensors)
-        if entry.megatron_name == EMBEDDING:
-            return grow_embedding(tensor, self._plan, self._seed)
-        if entry.megatron_name == HEAD:
-            return grow_head(tensor, self._plan)
-        return tensor
+        return self.read_rows(key, 0, self._shapes[key][0])
+
+    def read_rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` of the tensor of a key."""
+        columns = (slice(0, size) for size in self._shapes[key][1:])
+        return self._blocks.read(key.removeprefix(MODEL_PREFIX), (slice(start, stop), *columns))
 
 
 def _common_dtype(source: HFSource, entry: Entry) -> torch.dtype:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mmlm.checkpoint.manifest import ASSETS_DIR, Manifest
-from mmlm.checkpoint.storage import TensorReader
+from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.config.model import ModelConfig
 from mmlm.conversion.assets import (
     COMBINED_CONFIG_FILE,

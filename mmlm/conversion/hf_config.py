@@ -10,7 +10,7 @@ internvl_chat/internvl/model/internvl_chat) and of transformers' LlamaConfig.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -63,6 +63,14 @@ class HFConfig:
     """The combined folder's keys other than the two above; None for three separate parts."""
     model: ModelConfig
     """What the json means."""
+    stored_image_size: int
+    """Picture size that the position embedding in the files is made for, pixels."""
+
+    @property
+    def stored_model(self) -> ModelConfig:
+        """Sizes of the tensors in the files."""
+        vision = replace(self.model.vision, image_size=self.stored_image_size)
+        return replace(self.model, vision=vision)
 
 
 def read_parts(vision_dir: Path, llm_dir: Path, ps_version: Literal["v1", "v2"] = "v1") -> HFConfig:
@@ -83,32 +91,42 @@ def read_parts(vision_dir: Path, llm_dir: Path, ps_version: Literal["v1", "v2"] 
         language=language_from_hf(llm, str(llm_file)),
         ps_version=ps_version,
     )
-    return HFConfig(vision=vision, llm=llm, combined=None, model=model)
+    return HFConfig(
+        vision=vision,
+        llm=llm,
+        combined=None,
+        model=model,
+        stored_image_size=model.vision.image_size,
+    )
 
 
 def read_combined(folder: Path) -> HFConfig:
-    """Read the ``config.json`` of a combined InternVL-Chat folder; errors as in `read_parts`."""
+    """Read the ``config.json`` of a combined InternVL-Chat folder; errors as in `read_parts`.
+
+    Where ``force_image_size`` differs from the ViT's own size, it is the size of the pictures.
+    """
     file = folder / "config.json"
     content = read_json(file)
     _check_variants(content, _COMBINED_VARIANTS, str(file))
     vision = _get(content, "vision_config", dict, str(file))
     llm = _get(content, "llm_config", dict, str(file))
-    vision_config = vision_from_hf(vision, f"{file}: vision_config")
-    forced = content.get("force_image_size")
-    if forced not in (None, vision_config.image_size):
-        raise ConfigError(
-            f"{file}: force_image_size is {forced} and vision_config.image_size "
-            f"{vision_config.image_size}: they must be equal"
-        )
+    stored = vision_from_hf(vision, f"{file}: vision_config")
+    forced = _get_or(content, "force_image_size", int, stored.image_size, str(file))
     model = _build(
         ModelConfig,
         str(file),
-        vision=vision_config,
+        vision=_build(VisionConfig, str(file), **{**asdict(stored), "image_size": forced}),
         language=language_from_hf(llm, f"{file}: llm_config"),
         ps_version=content.get("ps_version", "v1"),
     )
     combined = {k: v for k, v in content.items() if k not in ("vision_config", "llm_config")}
-    return HFConfig(vision=vision, llm=llm, combined=combined, model=model)
+    return HFConfig(
+        vision=vision,
+        llm=llm,
+        combined=combined,
+        model=model,
+        stored_image_size=stored.image_size,
+    )
 
 
 def vision_from_hf(content: Json, where: str) -> VisionConfig:

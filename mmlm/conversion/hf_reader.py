@@ -2,22 +2,27 @@
 
 Accepted: a folder with ``*.safetensors`` or ``pytorch_model*.bin`` (one file, or shards with an
 index json), or one such file, or a ``.pth``. Where a folder has both formats, safetensors is read.
-Pickled files are memory-mapped and read with ``weights_only``: no code in them is ever run.
+Pickled files are read with ``weights_only``: no code in them is ever run. Only what is asked for is
+in memory, except of files of torch before 1.6, which are read whole.
 """
 
-import json
+import os
 import pickle
-from collections import OrderedDict
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
+from mmlm.checkpoint.places import Place, read_rows, read_whole
+from mmlm.checkpoint.torch_files import is_zip, named_places, refuse_other_content
 from mmlm.conversion.rules import Shape
+from mmlm.conversion.safetensors_file import loads_unique, safetensors_places
 from mmlm.errors import CheckpointError
 
 _INDEX = {
@@ -25,8 +30,8 @@ _INDEX = {
     "bin": "pytorch_model.bin.index.json",
 }
 _PATTERN = {"safetensors": "*.safetensors", "bin": "pytorch_model*.bin"}
-_OPEN_FILES = 2
-"""Files kept open: tensors of one rule may lie on both sides of a shard's end."""
+_WHOLE_FILES = 2
+"""Old files kept in memory: tensors of one rule may lie on both sides of a shard's end."""
 
 
 class HFReader:
@@ -46,16 +51,17 @@ class HFReader:
         """Name -> shape."""
         self.files: dict[str, Path] = {}
         """Name -> file that holds it."""
-        self._open: OrderedDict[Path, _File] = OrderedDict()
+        self._open: dict[Path, _File] = {}
         files, index = _find_files(self.path)
+        twice = []
         for file in files:
             for name, shape in self._file(file).shapes.items():
                 if name in self.files:
-                    raise CheckpointError(
-                        f"{file}: tensor '{name}' is also in {self.files[name].name}"
-                    )
+                    twice.append(f"'{name}' in {self.files[name].name} and {file.name}")
                 self.shapes[name] = shape
                 self.files[name] = file
+        if twice:
+            raise CheckpointError(f"{self.path}: tensors are there twice: {', '.join(twice)}")
         lost = {
             name: file for name, file in index.items() if self.files.get(name, Path()).name != file
         }
@@ -81,6 +87,12 @@ class HFReader:
         with _readable_errors(file, f"tensor '{name}'"):
             return self._file(file).read(name)
 
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows ``start:stop`` (of the first dimension) of one tensor; errors as in `read`."""
+        file = self.files[name]
+        with _readable_errors(file, f"tensor '{name}'"):
+            return self._file(file).read_rows(name, start, stop)
+
     def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
         """A block of one tensor as a view of the mapped file, of which no more is read.
 
@@ -97,49 +109,60 @@ class HFReader:
 
     def _file(self, file: Path) -> "_File":
         if file not in self._open:
-            while len(self._open) >= _OPEN_FILES:
-                self._open.popitem(last=False)
+            whole = [each for each in self._open if isinstance(self._open[each], _OldPickle)]
+            for each in whole[: 1 - _WHOLE_FILES]:
+                del self._open[each]
             with _readable_errors(file, "the file"):
-                is_safe = file.suffix == ".safetensors"
-                self._open[file] = _SafeFile(file) if is_safe else _PickledFile(file)
-        self._open.move_to_end(file)
+                self._open[file] = _open_file(file)
         return self._open[file]
 
 
-class _SafeFile:
-    """One ``.safetensors`` file; memory-mapped."""
+class _PlacedFile:
+    """One file whose tensors are read from where they lie."""
 
-    def __init__(self, file: Path) -> None:
-        self._handle = safe_open(file, framework="pt", device="cpu")
-        names: list[str] = self._handle.keys()
-        self.shapes: dict[str, Shape] = {
-            name: tuple(self._handle.get_slice(name).get_shape()) for name in names
-        }
+    def __init__(self, file: Path, places: Mapping[str, Place]) -> None:
+        self._file, self._places = file, places
+        self.shapes: dict[str, Shape] = {name: place.shape for name, place in places.items()}
+        self._descriptor = os.open(file, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._scattered: tuple[str, Tensor] | None = None
+
+    @cached_property
+    def _mapped(self) -> torch.UntypedStorage:
+        size = self._file.stat().st_size
+        storage = torch.UntypedStorage.from_file(str(self._file), shared=False, nbytes=size)
+        return cast(torch.UntypedStorage, storage)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Element type, found by reading no element."""
-        piece = self._handle.get_slice(name)
-        dtype: torch.dtype = piece[:0].dtype if piece.get_shape() else self.read(name).dtype
-        return dtype
+        return self._places[name].dtype
 
     def read(self, name: str) -> Tensor:
-        tensor: Tensor = self._handle.get_tensor(name)
-        return tensor
+        return read_whole(self._descriptor, self._places[name])
 
-    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
-        block: Tensor = self._handle.get_slice(name)[place]
-        return block
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        place = self._places[name]
+        if place.is_contiguous:
+            return read_rows(self._descriptor, place, start, stop)
+        if self._scattered is None or self._scattered[0] != name:
+            self._scattered = None  # never two of them
+            self._scattered = name, self.read(name)
+        return self._scattered[1][start:stop]
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        place = self._places[name]
+        start, rest = divmod(place.offset, place.dtype.itemsize)
+        if rest:  # a view must begin at a multiple of the element's size
+            return self.read(name)[block]
+        whole = torch.empty(0, dtype=place.dtype)
+        return whole.set_(self._mapped, start, place.shape, place.stride)[block]
 
 
-class _PickledFile:
-    """One file of torch.save; memory-mapped unless it is of the format before torch 1.6."""
+class _OldPickle:
+    """One file of the format before torch 1.6, whose tensors cannot be read one by one."""
 
     def __init__(self, file: Path) -> None:
-        content: Any = torch.load(file, map_location="cpu", mmap=_is_zip(file), weights_only=True)
-        if not isinstance(content, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
-        ):
-            raise CheckpointError(f"{file}: holds something else than a dict of named tensors")
+        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+        refuse_other_content(content)
         self._content: dict[str, Tensor] = content
         self.shapes: dict[str, Shape] = {
             name: tuple(tensor.shape) for name, tensor in content.items()
@@ -151,11 +174,20 @@ class _PickledFile:
     def read(self, name: str) -> Tensor:
         return self._content[name].contiguous()
 
-    def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
-        return self._content[name][place]
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._content[name][start:stop].contiguous()
+
+    def read_block(self, name: str, block: tuple[slice, ...]) -> Tensor:
+        return self._content[name][block]
 
 
-_File = _SafeFile | _PickledFile
+_File = _PlacedFile | _OldPickle
+
+
+def _open_file(file: Path) -> _File:
+    if file.suffix == ".safetensors":
+        return _PlacedFile(file, safetensors_places(file))
+    return _PlacedFile(file, named_places(file)) if is_zip(file) else _OldPickle(file)
 
 
 def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
@@ -185,11 +217,14 @@ def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:
 
 
 def _read_index(file: Path) -> dict[str, str]:
+    twice: list[str] = []
     try:
-        index: Any = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        index: Any = loads_unique(file.read_text(encoding="utf-8"), twice)["weight_map"]
         names = set(index.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: not an index with a weight_map: {error!r}") from error
+    if twice:
+        raise CheckpointError(f"{file}: names tensors twice: {', '.join(map(repr, twice))}")
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
         raise CheckpointError(f"{file}: {outside[0]!r} is not the name of a file beside the index")
@@ -213,8 +248,3 @@ def _readable_errors(file: Path, what: str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _is_zip(file: Path) -> bool:
-    with open(file, "rb") as stream:
-        return stream.read(4) == b"PK\x03\x04"

@@ -37,10 +37,20 @@ class HFSource:
         """Combined name -> shape in the files."""
         return {name: reader.shapes[inner] for name, (reader, inner) in self.readers.items()}
 
+    def shapes_of(self, entry: Entry) -> tuple[Shape, ...]:
+        """Shapes in the files of an entry's tensors."""
+        found = (self.readers[name] for name in entry.hf_names)
+        return tuple(reader.shapes[inner] for reader, inner in found)
+
     def read(self, name: str) -> Tensor:
         """One tensor, in its own dtype."""
         reader, inner = self.readers[name]
         return reader.read(inner)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of one tensor; see `HFReader.read_rows`."""
+        reader, inner = self.readers[name]
+        return reader.read_rows(inner, start, stop)
 
     def read_block(self, name: str, place: tuple[slice, ...]) -> Tensor:
         """A block of one tensor; see `HFReader.read_block`."""

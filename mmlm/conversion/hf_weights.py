@@ -9,14 +9,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from tqdm import tqdm
 
-from mmlm.config.model import ModelConfig
+from mmlm.config.model import ModelConfig, VisionConfig
 from mmlm.conversion.block_reader import BlockReader
 from mmlm.conversion.dtypes import dtype_name
 from mmlm.conversion.entry_reader import EntryReader
 from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, open_parts
-from mmlm.conversion.name_map import MODEL_PREFIX, expand
+from mmlm.conversion.name_map import expand
 from mmlm.conversion.vocabulary import VocabularyPlan, plan_vocabulary
-from mmlm.errors import CheckpointError
+from mmlm.errors import CheckpointError, ConfigError
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import parameter_blocks
 
@@ -51,40 +51,65 @@ class HFWeights:
 
     def blocks(self) -> BlockReader:
         """A reader of single blocks of the same tensors."""
-        entries = expand(self.model)
-        dtypes = {
-            entry.megatron_name: self.reader.dtypes[MODEL_PREFIX + entry.megatron_name]
-            for entry in entries
-        }
-        return BlockReader(self.source, entries, dtypes, self.vocabulary, self.seed)
+        return self.reader.fresh_blocks()
 
 
 def prepare_weights(
-    source: HFSource, dtype: torch.dtype | None = None, seed: int = VOCABULARY_SEED
+    source: HFSource,
+    dtype: torch.dtype | None = None,
+    seed: int = VOCABULARY_SEED,
+    *,
+    image_size: int | None = None,
+    vision_num_layers: int | None = None,
+    strict: bool = False,
 ) -> HFWeights:
-    """Check opened files against their own config, and plan the vocabulary.
+    """Check opened files against their own config, and plan what changes.
 
     Args:
         source: the files.
         dtype: of all tensors; None keeps each as it is.
         seed: of new embedding rows, when the vocabulary has to grow.
+        image_size: of the pictures, pixels; the position embedding is resized if it is made for
+            another. None: as the config says.
+        vision_num_layers: layers of the ViT that are kept, from the first; None keeps all.
+        strict: refuse weights that are NaN or infinite, instead of a warning.
 
     Raises:
+        ConfigError: for sizes that make no model.
         CheckpointError: for tensors that are missing, stray or of another shape, or a tokenizer
             that does not belong to them.
     """
     sizes = source.config.model
-    source.check(expand(sizes))
+    source.check(expand(source.config.stored_model))
     vocabulary = plan_vocabulary(source.llm_dir, sizes.language.vocab_size)
     language = dataclasses.replace(sizes.language, vocab_size=vocabulary.new_size)
-    model = dataclasses.replace(sizes, language=language)
+    vision = adapt_vision(sizes.vision, image_size, vision_num_layers)
+    model = dataclasses.replace(sizes, language=language, vision=vision)
     return HFWeights(
         source=source,
         model=model,
         vocabulary=vocabulary,
-        reader=EntryReader(source, expand(model), vocabulary, dtype, seed),
+        reader=EntryReader(source, expand(model), vocabulary, dtype, seed, strict=strict),
         seed=seed,
     )
+
+
+def adapt_vision(
+    vision: VisionConfig, image_size: int | None, num_layers: int | None
+) -> VisionConfig:
+    """A ViT for pictures of another size, or of fewer layers; see `prepare_weights`."""
+    if num_layers is not None and not 1 <= num_layers <= vision.num_layers:
+        raise ConfigError(
+            f"--vision-num-layers {num_layers}: the ViT has layers 1 to {vision.num_layers}"
+        )
+    try:
+        return dataclasses.replace(
+            vision,
+            image_size=vision.image_size if image_size is None else image_size,
+            num_layers=vision.num_layers if num_layers is None else num_layers,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"--image-size {image_size}: {error}") from None
 
 
 def open_weights(folder: Path) -> HFWeights:

@@ -12,13 +12,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from mmlm.checkpoint import row_stream
 from mmlm.checkpoint.storage import (
-    TensorReader,
     load_sharded,
     process_group_of_one,
     save_sharded,
     tensor_infos,
 )
+from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.errors import CheckpointError
 from tests.distributed.launch import run_ranks
 
@@ -110,18 +111,19 @@ def announce(key: str, tensor: torch.Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(key, tensor.to("meta"))
 
 
-def test_tensors_are_fetched_one_at_a_time(tmp_path: Path):
-    tensors = {"a": torch.randn(4, 5), "b": torch.randn(3).bfloat16(), "c": torch.tensor(1.5)}
-    fetched: list[str] = []
+def test_rows_are_fetched_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_stream, "BLOCK_BYTES", 40)
+    tensors = {"a": torch.randn(5, 5), "b": torch.randn(3).bfloat16(), "c": torch.ones(1, 3, 9)}
+    fetched: list[tuple[str, int, int]] = []
 
-    def source(key: str) -> torch.Tensor:
-        fetched.append(key)
-        return tensors[key]
+    def source(key: str, start: int, stop: int) -> torch.Tensor:
+        fetched.append((key, start, stop))
+        return tensors[key][start:stop]
 
     with process_group_of_one():
         announced = {key: announce(key, tensor) for key, tensor in tensors.items()}
         save_sharded(announced, tmp_path, source)
-        assert fetched == list(tensors)
+        assert fetched == [("a", 0, 2), ("a", 2, 4), ("a", 4, 5), ("b", 0, 3), ("c", 0, 1)]
         plain = dist_checkpointing.load_plain_tensors(str(tmp_path))  # megatron-core's own reading
     assert not dist.is_initialized()
     reader = TensorReader(tmp_path)
@@ -132,10 +134,10 @@ def test_tensors_are_fetched_one_at_a_time(tmp_path: Path):
 
 
 def test_an_error_of_the_source_comes_out_as_it_is(tmp_path: Path):
-    def source(key: str) -> torch.Tensor:
+    def source(key: str, start: int, stop: int) -> torch.Tensor:
         raise CheckpointError(f"FILE: {key} cannot be read")
 
-    def interrupted(key: str) -> torch.Tensor:
+    def interrupted(key: str, start: int, stop: int) -> torch.Tensor:
         raise KeyboardInterrupt
 
     with process_group_of_one():
@@ -161,7 +163,9 @@ def test_damage_is_named(tmp_path: Path):
         file = tmp_path / "__0_0.distcp"
         content = file.read_bytes()
         file.write_bytes(content[: len(content) // 2])
-        with pytest.raises(CheckpointError, match="tensor 'a' could not be read: rank 0"):
+        with pytest.raises(
+            CheckpointError, match="tensor 'a' could not be read: ValueError: not a"
+        ):
             TensorReader(tmp_path).read("a")
         wanted = {"a": ShardedTensor.from_rank_offsets("a", torch.zeros(50))}
         with pytest.raises(CheckpointError, match="the checkpoint could not be read: rank 0"):

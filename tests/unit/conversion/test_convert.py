@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmlm.checkpoint.manifest import Manifest, resolve
-from mmlm.checkpoint.storage import TensorReader
+from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.conversion.convert import hf_to_megatron, megatron_to_hf
 from mmlm.conversion.hf_config import read_combined
 from mmlm.errors import CheckpointError, ConfigError
@@ -103,14 +103,14 @@ def test_a_file_damaged_inside_leaves_no_checkpoint(tmp_path, write_tiny_parts, 
     parts = write_tiny_parts()
     from mmlm.conversion import hf_reader
 
-    read = hf_reader._SafeFile.read
+    read = hf_reader._PlacedFile.read_rows
 
-    def fail(self: Any, name: str) -> Tensor:
+    def fail(self: Any, name: str, start: int, stop: int) -> Tensor:
         if name == "model.norm.weight":
             raise OSError("Input/output error")
-        return read(self, name)
+        return read(self, name, start, stop)
 
-    monkeypatch.setattr(hf_reader._SafeFile, "read", fail)
+    monkeypatch.setattr(hf_reader._PlacedFile, "read_rows", fail)
     message = r"llm/model.safetensors: tensor 'model.norm.weight' cannot be read.*Input/output"
     with pytest.raises(CheckpointError, match=message):
         convert_in(parts, tmp_path / "ckpt")

@@ -157,7 +157,8 @@ def test_llm_variants_are_refused(key: str, value: Any, message: str):
     [
         ({"select_layer": -4}, "select_layer is -4, only -1 is supported"),
         ({"downsample_ratio": 1.0}, "downsample_ratio is 1.0"),
-        ({"force_image_size": 448}, "force_image_size is 448 and vision_config.image_size 56"),
+        ({"force_image_size": "448"}, "force_image_size must be int, is '448'"),
+        ({"force_image_size": 70}, r"image_size // patch_size = 5 must be even"),
         ({"ps_version": "v3"}, "config.json: model: ps_version 'v3' must be v1 or v2"),
         ({"llm_config": None}, "llm_config must be dict, is None"),
     ],

@@ -1,0 +1,85 @@
+"""Where the elements of a tensor lie in a file, and how some of its rows are read.
+
+Bytes are read with ``pread``. A memory-mapped file would count as memory of this process, page by
+page, until it has been read whole.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where one tensor lies in a file."""
+
+    offset: int
+    """Of its first element, bytes from the start of the file."""
+    shape: tuple[int, ...]
+    """Its shape."""
+    stride: tuple[int, ...]
+    """Elements from one index of a dimension to the next."""
+    dtype: torch.dtype
+    """Its element type."""
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its elements follow each other without gaps, rows first."""
+        found = zip(self.shape, self.stride, contiguous_stride(self.shape), strict=True)
+        return all(size == 1 or stride == wanted for size, stride, wanted in found)
+
+    @property
+    def extent_bytes(self) -> int:
+        """From its first element to the end of its last."""
+        if not all(self.shape):
+            return 0
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Stride of a tensor whose elements follow each other without gaps."""
+    return tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+
+
+def read_rows(descriptor: int, place: Place, start: int, stop: int) -> Tensor:
+    """Read rows ``start:stop`` (of the first dimension) of a tensor.
+
+    Args:
+        descriptor: open file.
+        place: where the tensor is in it; if it is not contiguous, all of it is read.
+        start: first row.
+        stop: one past the last.
+
+    Raises:
+        EOFError: when the file ends before.
+    """
+    if not place.is_contiguous:
+        flat = _read(descriptor, place.offset, place.extent_bytes, place.dtype)
+        return flat.as_strided(place.shape, place.stride)[start:stop].contiguous()
+    row_bytes = prod(place.shape[1:]) * place.dtype.itemsize
+    at, num_bytes = place.offset + start * row_bytes, (stop - start) * row_bytes
+    return _read(descriptor, at, num_bytes, place.dtype).view(stop - start, *place.shape[1:])
+
+
+def read_whole(descriptor: int, place: Place) -> Tensor:
+    """Read a tensor of any number of dimensions; errors as in `read_rows`."""
+    if not place.shape:
+        return _read(descriptor, place.offset, place.dtype.itemsize, place.dtype)[0]
+    return read_rows(descriptor, place, 0, place.shape[0])
+
+
+def _read(descriptor: int, offset: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
+    raw = torch.empty(num_bytes, dtype=torch.uint8)
+    view = raw.numpy().data
+    done = 0
+    while done < num_bytes:  # the system gives at most 2 GB at a time
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise EOFError(f"the file ends {num_bytes - done} bytes early")
+        done += count
+    return raw.view(dtype)
