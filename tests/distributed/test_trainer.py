@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
 from mmlm.checkpoint.manifest import Manifest, resolve
-from mmlm.checkpoint.storage import TensorReader
+from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.config.presets import tiny
 from mmlm.config.schema import (
     BackendConfig,
