@@ -86,12 +86,12 @@ class Runs(NamedTuple):
 @pytest.fixture(scope="module")
 def runs(world: Path) -> Runs:
     found = Runs(world / "run_converted", world / "run_direct")
-    saving = {"save_interval": 1, "keep": 0}
-    converted = config(world, found.converted, 2, OVERLAP, load=str(world / "converted"), **saving)
-    direct = config(
-        world, found.direct, 2, OVERLAP, load_hf=str(world / "hf"), export_hf_interval=1, **saving
-    )
-    for run in (converted, direct):
+    load, load_hf = str(world / "converted"), str(world / "hf")
+    for run in (
+        config(world, found.converted, 2, OVERLAP, load=load, save_interval=1, keep=0),
+        # the first export comes alone, the second with a checkpoint
+        config(world, found.direct, 2, OVERLAP, load_hf=load_hf, export_hf_interval=1, keep=0),
+    ):
         run_ranks(2, train_rank, run)
     return found
 
@@ -112,15 +112,12 @@ def test_a_run_from_hugging_face_is_that_from_the_converted_checkpoint(
     runs: Runs, tmp_path: Path
 ) -> None:
     """The same weights to the bit after two steps, and the same small files in the checkpoint."""
-    for iteration in ("iter_0000001", "iter_0000002"):
-        folders = [run / "checkpoints" / iteration for run in runs]
-        truth, found = (
-            exported(folder, tmp_path / f"{iteration}_{number}")
-            for number, folder in enumerate(folders)
-        )
-        assert found == truth
-        assert contents(folders[1] / ASSETS_DIR) == contents(folders[0] / ASSETS_DIR)
-    assert {"tokenizer.model", "added_tokens.json"} <= contents(folders[1] / ASSETS_DIR).keys()
+    truth, found = (resolve(run / "checkpoints") for run in runs)
+    assert found.name == truth.name == "iter_0000002"
+    assert exported(found, tmp_path / "found") == exported(truth, tmp_path / "truth")
+    assets = contents(found / ASSETS_DIR)
+    assert assets == contents(truth / ASSETS_DIR)
+    assert {"tokenizer.model", "added_tokens.json"} <= assets.keys()
 
 
 def test_exports_are_those_of_the_checkpoints_to_the_byte(runs: Runs, tmp_path: Path) -> None:
@@ -128,7 +125,7 @@ def test_exports_are_those_of_the_checkpoints_to_the_byte(runs: Runs, tmp_path: 
     previous: dict[str, bytes] = {}
     for iteration in ("iter_0000001", "iter_0000002"):
         found = contents(runs.direct / "hf" / iteration)
-        truth = exported(runs.direct / "checkpoints" / iteration, tmp_path / iteration)
+        truth = exported(runs.converted / "checkpoints" / iteration, tmp_path / iteration)
         assert found.keys() == truth.keys()
         assert [name for name in truth if found[name] != truth[name]] == []
         assert found != previous, "the steps change the weights"
@@ -193,11 +190,11 @@ def full_disk_rank(run: RunConfig) -> None:
 
 
 def failing_write_rank(run: RunConfig) -> None:
-    def write_json(file: Path, content: Any) -> None:
+    def write(file: Path, *others: Any) -> None:
         raise OSError(28, "No space left on device", str(file))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf_writer, "write_json", write_json)
+        patch.setattr(hf_writer, "write_safetensors", write)
         train_rank(run)
 
 
