@@ -112,12 +112,16 @@ def adapt_vision(
         raise ConfigError(f"--image-size {image_size}: {error}") from None
 
 
-def open_weights(folder: Path) -> HFWeights:
+def open_weights(
+    folder: Path, *, image_size: int | None = None, vision_num_layers: int | None = None
+) -> HFWeights:
     """Open a combined InternVL-Chat folder, or a folder of the published parts.
 
     Args:
         folder: with ``config.json`` of the combined model; or with ``vision/`` (the projector at
             its published place in it) and ``llm/``, as ``megatron_to_hf.py --parts`` writes them.
+        image_size: see `prepare_weights`.
+        vision_num_layers: see `prepare_weights`.
 
     Raises:
         ConfigError: for a ``config.json`` that is unsupported.
@@ -125,11 +129,17 @@ def open_weights(folder: Path) -> HFWeights:
     """
     vision, llm = folder / "vision", folder / "llm"
     if (folder / "config.json").is_file():
-        return prepare_weights(open_combined(folder))
-    if vision.is_dir() and llm.is_dir():
-        return prepare_weights(open_parts(vision, llm, vision / PROJECTOR_FILE))
+        source = open_combined(folder)
+    elif vision.is_dir() and llm.is_dir():
+        source = open_parts(vision, llm, vision / PROJECTOR_FILE)
+    else:
+        raise CheckpointError(_not_weights(folder))
+    return prepare_weights(source, image_size=image_size, vision_num_layers=vision_num_layers)
+
+
+def _not_weights(folder: Path) -> str:
     found = "has neither config.json nor vision/ and llm/" if folder.is_dir() else "does not exist"
-    raise CheckpointError(
+    return (
         f"{folder}: {found}; give a combined InternVL-Chat folder, or one that holds the ViT as "
         "vision/ and the LLM as llm/"
     )

@@ -14,7 +14,7 @@ from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
 from mmlm.config.model import ModelConfig
 from mmlm.config.schema import RunConfig
-from mmlm.conversion.hf_weights import load_hf_weights, open_weights
+from mmlm.conversion.hf_weights import load_hf_weights
 from mmlm.data.dataset import Dataset, cache_folder, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
@@ -143,7 +143,7 @@ def build_chunks(
     )
     chunks = build_model(start.model, plan, topology, backend, config.train, config.parallel)
     if start.hf_dir is not None:
-        weights = open_weights(start.hf_dir)
+        weights = start.open_hf()
         show = topology.rank == 0
         num_bytes = load_hf_weights(chunks, topology.groups, weights, progress=show)
         if show:

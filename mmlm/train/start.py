@@ -10,7 +10,7 @@ from mmlm.config.load import to_json
 from mmlm.config.model import ModelConfig
 from mmlm.config.schema import RunConfig
 from mmlm.conversion.assets import write_assets
-from mmlm.conversion.hf_weights import open_weights
+from mmlm.conversion.hf_weights import HFWeights, open_weights
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
 
@@ -31,6 +31,11 @@ class Start:
     """HuggingFace folder that weights are read from directly, instead of a checkpoint."""
     hf_tokenizer_dir: Path | None = None
     """Where that folder keeps its tokenizer."""
+
+    def open_hf(self) -> HFWeights:
+        """The weights of `hf_dir`, for this model."""
+        assert self.hf_dir is not None, "asked for only where weights are read directly"
+        return _open_hf(self.hf_dir, self.model)
 
     @property
     def iteration(self) -> int:
@@ -90,7 +95,7 @@ def named_start(config: RunConfig) -> Start:
     if not config.checkpoint.load_hf:
         return _start_from_checkpoint(Path(config.checkpoint.load), resumes=False)
     folder = Path(config.checkpoint.load_hf)
-    weights = open_weights(folder)
+    weights = _open_hf(folder, config.model)
     return Start(
         checkpoint=None,
         manifest=None,
@@ -135,6 +140,14 @@ def _refuse_changes(config: RunConfig, manifest: Manifest, checkpoint: Path) -> 
         )
 
 
+def _open_hf(folder: Path, model: ModelConfig | None) -> HFWeights:
+    """Open weights; where sizes are given, for their image size and that many layers of the ViT."""
+    if model is None:
+        return open_weights(folder)
+    vision = model.vision
+    return open_weights(folder, image_size=vision.image_size, vision_num_layers=vision.num_layers)
+
+
 def load_tokenizer(config: RunConfig, start: Start) -> Tokenizer:
     """The tokenizer of ``data.tokenizer``, or the one that came with the weights.
 
@@ -159,7 +172,7 @@ def load_assets(config: RunConfig, start: Start) -> dict[str, bytes]:
     tokenizer = Path(config.data.tokenizer) if config.data.tokenizer else None
     if start.hf_dir is None:
         return read_assets(start.assets_dir, tokenizer)
-    weights = open_weights(start.hf_dir)
+    weights = start.open_hf()
     with TemporaryDirectory() as folder:
         assets = Path(folder) / ASSETS_DIR
         write_assets(assets, weights.source, weights.vocabulary)

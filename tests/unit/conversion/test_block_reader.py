@@ -27,9 +27,20 @@ def blocks_of(shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
 
 
 def whole_tensors(weights: HFWeights) -> dict[str, torch.Tensor]:
-    return {
-        key.removeprefix(MODEL_PREFIX): weights.reader.read(key) for key in weights.reader.dtypes
+    """Every tensor from whole tensors of the files, and new rows by the published rule."""
+    found = {
+        entry.megatron_name: entry.rule.to_megatron(
+            [weights.source.read(name) for name in entry.hf_names]
+        )
+        for entry in expand(weights.model)
     }
+    num_new, width = weights.vocabulary.num_new_rows, weights.model.language.hidden_size
+    generator = torch.Generator().manual_seed(42)
+    drawn = 0.02 * torch.randn(num_new, width, generator=generator)
+    mean = found[HEAD].double().mean(dim=0, keepdim=True).expand(num_new, -1)
+    for name, rows in ((EMBEDDING, drawn), (HEAD, mean)):
+        found[name] = torch.cat((found[name], rows.to(found[name].dtype)))
+    return found
 
 
 @pytest.mark.parametrize("file_format", ["safetensors", "bin"])
