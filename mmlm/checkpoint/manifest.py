@@ -52,8 +52,7 @@ class Manifest:
 
     def write(self, directory: Path) -> None:
         """Write the manifest of an iteration's directory."""
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+        write_manifest_json(directory, asdict(self))
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -63,22 +62,39 @@ class Manifest:
             CheckpointError: when it is missing, damaged, or of a newer format.
         """
         file = directory / MANIFEST_FILE
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(f"{file}: missing; not a checkpoint of mmlm") from None
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: damaged: {error}") from error
-        version = content.get("format_version") if isinstance(content, dict) else None
-        if version != FORMAT_VERSION:
+        content = read_manifest_json(directory)
+        if "part" in content:
             raise CheckpointError(
-                f"{file}: format_version is {version!r}, this version of mmlm reads "
-                f"{FORMAT_VERSION}"
+                f"{file}: holds the {content['part']} alone, and a whole model is needed; convert "
+                "all three parts into one checkpoint"
             )
         try:
             return cls(**{**content, "model": from_json(ModelConfig, content["model"])})
         except (KeyError, TypeError, ConfigError) as error:
             raise CheckpointError(f"{file}: damaged: {error}") from error
+
+
+def read_manifest_json(directory: Path) -> dict[str, Any]:
+    """Read the json of a manifest, of a whole model or of one part; errors as `Manifest.read`."""
+    file = directory / MANIFEST_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: missing; not a checkpoint of mmlm") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged: {error}") from error
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format_version is {version!r}, this version of mmlm reads {FORMAT_VERSION}"
+        )
+    return dict(content)
+
+
+def write_manifest_json(directory: Path, content: dict[str, Any]) -> None:
+    """Write the json of a manifest."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    (directory / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def iteration_name(iteration: int) -> str:

@@ -69,6 +69,7 @@ class TensorReader:
                 for info in [metadata.storage_data[MetadataIndex(key, chunk.offsets)]]
             ]
         self._finder = PlaceFinder()
+        self._places: dict[tuple[str, int], Place] = {}
         self._streams: dict[str, BinaryIO] = {}
         weakref.finalize(self, _close, self._streams)
 
@@ -120,10 +121,13 @@ class TensorReader:
                 )
 
     def _place(self, key: str, piece: _Piece) -> Place:
+        if (piece.file, piece.start) in self._places:
+            return self._places[piece.file, piece.start]
         place = self._finder.find(self._stream(piece.file), piece.start, piece.length)
         found, wanted = (place.shape, place.dtype), (piece.sizes, self.infos[key].dtype)
         if found != wanted:
             raise ValueError(f"{piece.file} holds {found}, the metadata says {wanted}")
+        self._places[piece.file, piece.start] = place
         return place
 
     def _stream(self, name: str) -> BinaryIO:

@@ -102,6 +102,25 @@ class LanguageConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProjectionConfig:
+    """Sizes of the projection, where there is neither tower nor decoder to tell them."""
+
+    input_size: int
+    """Width after pixel shuffle."""
+    hidden_size: int
+    """Width of the decoder's tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsConfig:
+    """Sizes of some of the three parts; None for a part that is not there."""
+
+    vision: VisionConfig | None = None
+    projection: ProjectionConfig | None = None
+    language: LanguageConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The three parts: vision tower, projection (two linear layers), decoder."""
 
@@ -116,6 +135,17 @@ class ModelConfig:
         require(
             "model",
             {f"ps_version '{self.ps_version}' must be v1 or v2": self.ps_version in ("v1", "v2")},
+        )
+
+    @property
+    def parts(self) -> PartsConfig:
+        """The sizes part by part."""
+        return PartsConfig(
+            vision=self.vision,
+            projection=ProjectionConfig(
+                input_size=self.projection_input_size, hidden_size=self.language.hidden_size
+            ),
+            language=self.language,
         )
 
     @property

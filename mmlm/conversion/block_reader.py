@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmlm.conversion.dtypes import cast
 from mmlm.conversion.finite import FiniteCheck
-from mmlm.conversion.hf_source import HFSource
+from mmlm.conversion.hf_source import HFTensors
 from mmlm.conversion.name_map import Entry
 from mmlm.conversion.positions import POSITIONS, resize_positions
 from mmlm.conversion.vocabulary import (
@@ -43,7 +43,7 @@ class BlockReader:
 
     def __init__(
         self,
-        source: HFSource,
+        source: HFTensors,
         entries: tuple[Entry, ...],
         dtypes: Mapping[str, torch.dtype],
         plan: VocabularyPlan,

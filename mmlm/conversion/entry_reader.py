@@ -10,7 +10,7 @@ from mmlm.checkpoint.row_stream import RowSource
 from mmlm.conversion.block_reader import BlockReader
 from mmlm.conversion.dtypes import DTYPES
 from mmlm.conversion.finite import FiniteCheck
-from mmlm.conversion.hf_source import HFSource
+from mmlm.conversion.hf_source import HFTensors
 from mmlm.conversion.name_map import MODEL_PREFIX, Entry
 from mmlm.conversion.vocabulary import VocabularyPlan
 from mmlm.errors import CheckpointError
@@ -30,7 +30,7 @@ class EntryReader:
 
     def __init__(
         self,
-        source: HFSource,
+        source: HFTensors,
         entries: tuple[Entry, ...],
         plan: VocabularyPlan,
         dtype: torch.dtype | None,
@@ -97,7 +97,7 @@ class EntryReader:
         return self._blocks.read(key.removeprefix(MODEL_PREFIX), (slice(start, stop), *columns))
 
 
-def _common_dtype(source: HFSource, entry: Entry) -> torch.dtype:
+def _common_dtype(source: HFTensors, entry: Entry) -> torch.dtype:
     dtypes = [source.dtype(name) for name in entry.hf_names]
     unknown = [dtype for dtype in dtypes if dtype not in DTYPES.values()]
     if unknown:

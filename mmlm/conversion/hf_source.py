@@ -18,15 +18,9 @@ PROJECTOR_FILE = "mlp_projector/hermes_2_yi_34b.pth"
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFSource:
-    """Three parts or a combined folder, opened; tensors are read when asked for."""
+class HFTensors:
+    """Opened files; tensors are read when asked for."""
 
-    config: HFConfig
-    """What the ``config.json`` files say."""
-    vision_dir: Path
-    """Folder with the ViT's small files."""
-    llm_dir: Path
-    """Folder with the LLM's small files and the tokenizer."""
     readers: Mapping[str, tuple[HFReader, str]]
     """Combined name -> reader and the name that it knows."""
     where: str
@@ -77,6 +71,23 @@ class HFSource:
         check_tensors(self.shapes, expected, self.file, self.where)
 
 
+@dataclass(frozen=True, kw_only=True)
+class HFSource(HFTensors):
+    """Three parts or a combined folder, opened."""
+
+    config: HFConfig
+    """What the ``config.json`` files say."""
+    vision_dir: Path
+    """Folder with the ViT's small files."""
+    llm_dir: Path
+    """Folder with the LLM's small files and the tokenizer."""
+
+
+def open_part(part: Part, path: Path) -> HFTensors:
+    """Open the weights of one part on its own; errors as in `open_parts`."""
+    return HFTensors(readers=_readers(part, path), where=str(path))
+
+
 def open_parts(
     vision: Path, llm: Path, projector: Path, ps_version: Literal["v1", "v2"] = "v1"
 ) -> HFSource:
@@ -100,8 +111,7 @@ def open_parts(
         ("language_model", llm),
     )
     for part, path in paths:
-        reader = HFReader(path)
-        readers |= {HF_PREFIXES[part] + name: (reader, name) for name in _converted(reader)}
+        readers |= _readers(part, path)
     return HFSource(
         config=config,
         vision_dir=vision,
@@ -122,6 +132,11 @@ def open_combined(folder: Path) -> HFSource:
         readers={name: (reader, name) for name in _converted(reader)},
         where=str(folder),
     )
+
+
+def _readers(part: Part, path: Path) -> dict[str, tuple[HFReader, str]]:
+    reader = HFReader(path)
+    return {HF_PREFIXES[part] + name: (reader, name) for name in _converted(reader)}
 
 
 def _converted(reader: HFReader) -> list[str]:

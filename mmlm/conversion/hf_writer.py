@@ -16,17 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmlm.checkpoint.row_stream import RowSource, Slot, fill, open_kept, write_at
 from mmlm.conversion.rules import Shape
+from mmlm.conversion.safetensors_file import DTYPE_NAMES
 from mmlm.conversion.vocabulary import write_json
 from mmlm.errors import CheckpointError
-
-_SAFETENSORS_DTYPES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.int64: "I64",
-}
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Largest safetensors file, unless somebody wants another or one tensor is larger."""
@@ -67,6 +61,62 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_bytes: int) -> list[list[
     return shards
 
 
+def shard_names(num_shards: int) -> list[str]:
+    """Names of the files, as HuggingFace counts them."""
+    return [f"model-{i:05d}-of-{num_shards:05d}.safetensors" for i in range(1, num_shards + 1)]
+
+
+def fill_weights(
+    folder: Path, specs: Sequence[TensorSpec], source: RowSource, max_shard_bytes: int
+) -> None:
+    """Write safetensors shards and ``model.safetensors.index.json``, some rows at a time.
+
+    Args:
+        folder: existing folder. What a killed run of the same call has left there is kept where it
+            is right.
+        specs: every tensor, each of at least one dimension.
+        source: of their rows.
+        max_shard_bytes: see `plan_shards`.
+    """
+    shards = plan_shards(specs, max_shard_bytes)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        _fill_safetensors(folder / name, shard, source)
+    _write_index(folder, names, shards)
+
+
+def _fill_safetensors(file: Path, specs: Sequence[TensorSpec], source: RowSource) -> None:
+    header = _header(specs, {"format": "pt"})
+    slots, end = [], len(header)
+    for spec in specs:
+        slots.append(Slot(key=spec.name, shape=spec.shape, dtype=spec.dtype, offset=end))
+        end += spec.num_bytes
+    descriptor, kept_bytes = open_kept(file)
+    try:
+        if os.pread(descriptor, len(header), 0) != header:
+            os.ftruncate(descriptor, 0)
+            kept_bytes = 0
+            write_at(descriptor, header, 0)
+        fill(descriptor, slots, source, kept_bytes)
+        os.ftruncate(descriptor, end)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_index(
+    folder: Path, names: Sequence[str], shards: Sequence[Sequence[TensorSpec]]
+) -> None:
+    weight_map = {
+        spec.name: name for name, shard in zip(names, shards, strict=True) for spec in shard
+    }
+    index = {
+        "metadata": {"total_size": sum(spec.num_bytes for shard in shards for spec in shard)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    write_json(folder / "model.safetensors.index.json", index)
+
+
 def write_weights(
     folder: Path,
     specs: Sequence[TensorSpec],
@@ -83,17 +133,11 @@ def write_weights(
     """
     shards = plan_shards(specs, max_shard_bytes)
     stream = iter(tensors)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, stream, {"format": "pt"})
-        weight_map |= {spec.name: name for spec in shard}
     assert next(stream, None) is None, "more tensors than were announced"
-    index = {
-        "metadata": {"total_size": sum(spec.num_bytes for spec in specs)},
-        "weight_map": dict(sorted(weight_map.items())),
-    }
-    write_json(folder / "model.safetensors.index.json", index)
+    _write_index(folder, names, shards)
 
 
 def write_safetensors(
@@ -111,19 +155,9 @@ def write_safetensors(
         tensors: names and tensors on the CPU; as many as there are specs are taken.
         metadata: goes into the header.
     """
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for spec in specs:
-        start, end = end, end + spec.num_bytes
-        header[spec.name] = {
-            "dtype": _SAFETENSORS_DTYPES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = _header(specs, metadata)
     with open(file, "wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+        out.write(header)
         for spec in specs:
             name, tensor = next(tensors)
             found = (name, tuple(tensor.shape), tensor.dtype)
@@ -132,6 +166,22 @@ def write_safetensors(
             out.write(raw.data)
         out.flush()
         os.fsync(out.fileno())
+
+
+def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    """Everything before the tensors' bytes."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.num_bytes
+        header[spec.name] = {
+            "dtype": DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager
@@ -147,16 +197,26 @@ def atomic_folder(target: Path, overwrite: bool) -> Iterator[Path]:
     """
     refuse_existing(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".{target.name}.tmp"
-    aside = target.parent / f".{target.name}.replaced"
-    for leftover in (temporary, aside):
-        shutil.rmtree(leftover, ignore_errors=True)
+    temporary = temporary_folder(target)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    put_in_place(temporary, target)
+
+
+def temporary_folder(target: Path) -> Path:
+    """Where a folder is written before `put_in_place`; on the same file system."""
+    return target.parent / f".{target.name}.tmp"
+
+
+def put_in_place(temporary: Path, target: Path) -> None:
+    """Rename a complete folder to its final name, replacing what is there."""
+    aside = target.parent / f".{target.name}.replaced"
+    shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.rename(aside)
     temporary.rename(target)
@@ -172,10 +232,16 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise CheckpointError(f"{target}: exists already; {remedy}")
 
 
-def check_free_space(folder: Path, num_bytes: int) -> None:
-    """Raise CheckpointError when the disk of `folder` (or its nearest parent) is too full."""
+def check_free_space(folder: Path, num_bytes: int, bytes_there: int = 0) -> None:
+    """Raise CheckpointError when the disk of `folder` (or its nearest parent) is too full.
+
+    Args:
+        folder: where something will be written.
+        num_bytes: its size.
+        bytes_there: how much of it is on the disk already.
+    """
     place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free + bytes_there
     if free < num_bytes:
         raise CheckpointError(
             f"{folder}: {num_bytes / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mmlm.config.model import ModelConfig
+from mmlm.config.model import ModelConfig, PartsConfig
 from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, Shape, StackedQkv
 from mmlm.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class Row:
     """HuggingFace names inside the part, each with its shape in words, in the rule's order."""
     megatron: str
     """Megatron's name inside the part."""
-    rule: Callable[[ModelConfig], Rule]
+    rule: Callable[[PartsConfig], Rule]
     """Makes the rule for the sizes of a model."""
 
 
@@ -66,20 +66,22 @@ class Entry:
     """Both directions."""
 
 
-def _copy(config: ModelConfig) -> Rule:
+def _copy(config: PartsConfig) -> Rule:
     return Copy()
 
 
-def _stacked_qkv(config: ModelConfig) -> Rule:
+def _stacked_qkv(config: PartsConfig) -> Rule:
+    assert config.vision is not None
     return StackedQkv(num_attention_heads=config.vision.num_attention_heads)
 
 
-def _grouped_qkv(config: ModelConfig) -> Rule:
+def _grouped_qkv(config: PartsConfig) -> Rule:
     language = config.language
+    assert language is not None
     return GroupedQkv(num_query_groups=language.num_query_groups, kv_channels=language.kv_channels)
 
 
-def _gate_up(config: ModelConfig) -> Rule:
+def _gate_up(config: PartsConfig) -> Rule:
     return GateUp()
 
 
@@ -87,7 +89,7 @@ def _row(
     part: Part,
     hf: Mapping[str, str],
     megatron: str,
-    rule: Callable[[ModelConfig], Rule] = _copy,
+    rule: Callable[[PartsConfig], Rule] = _copy,
 ) -> Row:
     return Row(part=part, hf=tuple(hf.items()), megatron=megatron, rule=rule)
 
@@ -163,39 +165,51 @@ TABLE: tuple[Row, ...] = (
 )
 
 
-def sizes(config: ModelConfig) -> dict[str, int]:
-    """Word of a shape -> number, for a model."""
-    vision, language = config.vision, config.language
-    return {
-        "1": 1,
-        "3": 3,
-        "v": vision.hidden_size,
-        "3v": 3 * vision.hidden_size,
-        "vf": vision.ffn_hidden_size,
-        "n+1": vision.tokens_per_image,
-        "p": vision.patch_size,
-        "w": config.projection_input_size,
-        "t": language.hidden_size,
-        "q": language.num_attention_heads * language.kv_channels,
-        "k": language.num_query_groups * language.kv_channels,
-        "f": language.ffn_hidden_size,
-        "vocab": language.vocab_size,
-    }
+def sizes(config: PartsConfig) -> dict[str, int]:
+    """Word of a shape -> number, for the parts that are there."""
+    vision, projection, language = config.vision, config.projection, config.language
+    words = {"1": 1, "3": 3}
+    if vision is not None:
+        words |= {
+            "v": vision.hidden_size,
+            "3v": 3 * vision.hidden_size,
+            "vf": vision.ffn_hidden_size,
+            "n+1": vision.tokens_per_image,
+            "p": vision.patch_size,
+        }
+    if projection is not None:
+        words |= {"w": projection.input_size, "t": projection.hidden_size}
+    if language is not None:
+        words |= {
+            "t": language.hidden_size,
+            "q": language.num_attention_heads * language.kv_channels,
+            "k": language.num_query_groups * language.kv_channels,
+            "f": language.ffn_hidden_size,
+            "vocab": language.vocab_size,
+        }
+    return words
 
 
-def expand(config: ModelConfig) -> tuple[Entry, ...]:
+def expand(config: ModelConfig | PartsConfig) -> tuple[Entry, ...]:
     """Every tensor of a model, in the order of its forward pass.
 
     Args:
-        config: sizes; nothing else decides names and shapes.
+        config: sizes; nothing else decides names and shapes. Of a part that is not there, there
+            are no tensors.
     """
-    words = sizes(config)
+    parts = config.parts if isinstance(config, ModelConfig) else config
+    words = sizes(parts)
     num_layers = {
-        "vision_model": config.vision.num_layers,
-        "language_model": config.language.num_layers,
+        "vision_model": parts.vision.num_layers if parts.vision else 0,
+        "language_model": parts.language.num_layers if parts.language else 0,
+    }
+    there = {
+        "vision_model": parts.vision,
+        "vision_projection": parts.projection,
+        "language_model": parts.language,
     }
     entries: list[Entry] = []
-    rows = list(TABLE)
+    rows = [row for row in TABLE if there[row.part] is not None]
     while rows:
         part = rows[0].part
         is_layer = "{i}" in rows[0].megatron
@@ -203,11 +217,11 @@ def expand(config: ModelConfig) -> tuple[Entry, ...]:
         while rows and rows[0].part == part and ("{i}" in rows[0].megatron) == is_layer:
             block.append(rows.pop(0))
         for layer in range(num_layers[part]) if is_layer else (0,):
-            entries += [_entry(row, layer, config, words) for row in block]
+            entries += [_entry(row, layer, parts, words) for row in block]
     return tuple(entries)
 
 
-def _entry(row: Row, layer: int, config: ModelConfig, words: Mapping[str, int]) -> Entry:
+def _entry(row: Row, layer: int, config: PartsConfig, words: Mapping[str, int]) -> Entry:
     number = str(layer)
     shapes = tuple(tuple(words[word] for word in shape.split()) for _, shape in row.hf)
     rule = row.rule(config)

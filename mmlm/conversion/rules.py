@@ -44,6 +44,27 @@ class Rule(Protocol):
         ...
 
 
+def megatron_rows(
+    rule: Rule, number: int, start: int, stop: int, shapes: Sequence[Shape]
+) -> list[slice]:
+    """Where rows ``start:stop`` of one HuggingFace tensor lie in the Megatron tensor, in order.
+
+    Args:
+        rule: of the row.
+        number: which of the row's HuggingFace tensors.
+        start: first row.
+        stop: one past the last.
+        shapes: of the HuggingFace tensors.
+    """
+    found, end = [], 0
+    for place, rows in rule.row_runs(0, rule.megatron_shape(shapes)[0], shapes):
+        first, end = end, end + rows.stop - rows.start
+        low, high = max(start, rows.start), min(stop, rows.stop)
+        if place == number and low < high:
+            found.append((low, slice(first + low - rows.start, first + high - rows.start)))
+    return [rows for _, rows in sorted(found, key=lambda run: run[0])]
+
+
 def _pieces(start: int, stop: int, block: int) -> Iterator[tuple[int, slice]]:
     """Cut ``start:stop`` at multiples of ``block``: number of the block, and rows inside it."""
     while start < stop:

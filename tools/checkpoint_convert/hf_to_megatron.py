@@ -17,6 +17,10 @@ examples:
   hf_to_megatron.py --vision pretrained/InternViT-6B-448px-V1-2 \\
       --llm pretrained/Nous-Hermes-2-Yi-34B --output checkpoints/internvl_v1_2
   hf_to_megatron.py --internvl pretrained/InternVL-Chat-V1-2 --output checkpoints/internvl_v1_2
+  hf_to_megatron.py --vision pretrained/InternViT-6B-448px-V1-0 --vision-num-layers 45 \\
+      --output checkpoints/vit          (one part alone: the checkpoint holds that part alone)
+
+A conversion that was killed goes on when the same command is given again.
 """
 
 
@@ -61,6 +65,21 @@ def parse_args() -> argparse.Namespace:
         help="of new embedding rows, when the vocabulary lacks the nine image and box tokens "
         "(default: %(default)s)",
     )
+    add(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="of the pictures; position embeddings of another grid are resized, bicubic, as "
+        "published (default: as config.json says)",
+    )
+    add(
+        "--vision-num-layers",
+        type=int,
+        metavar="N",
+        help="keep the first N layers of the ViT; InternViT-6B-448px-V1-2 is the first 45 of the "
+        "48 layers of V1-0 (default: all)",
+    )
+    add("--strict", action="store_true", help="refuse NaN and infinity (otherwise a warning)")
     add("--overwrite", action="store_true", help="replace an iter_0000000 that is there")
     return parser.parse_args()
 
@@ -84,6 +103,9 @@ def main() -> int:
             dtype=args.dtype,
             ps_version=args.ps_version,
             seed=args.seed,
+            image_size=args.image_size,
+            vision_num_layers=args.vision_num_layers,
+            strict=args.strict,
             overwrite=args.overwrite,
             progress=True,
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mmlm.conversion.dtypes import DTYPES
 from mmlm.conversion.hf_source import PROJECTOR_FILE
+from mmlm.conversion.name_map import HF_PREFIXES
 from mmlm.errors import MmlmError
 from mmlm.log import setup_logging
 
@@ -17,6 +18,9 @@ what is written:
   OUTPUT/                   config.json, model-*.safetensors with index, tokenizer files
   OUTPUT/vision, .../llm    with --parts: the ViT (its {PROJECTOR_FILE}
                             inside) and the LLM
+  OUTPUT/                   with --only, and of a checkpoint of one part: that part
+
+A conversion that was killed goes on when the same command is given again.
 
 example:
   megatron_to_hf.py --load work_dirs/run/checkpoints --output InternVL-Chat-mine --dtype bf16
@@ -39,6 +43,12 @@ def parse_args() -> argparse.Namespace:
     add("--output", type=Path, metavar="DIR", required=True, help="folder to make")
     add("--parts", action="store_true", help="also write the three parts")
     add("--no-combined", action="store_true", help="leave out the combined InternVL-Chat folder")
+    add(
+        "--only",
+        choices=tuple(HF_PREFIXES),
+        metavar="PART",
+        help=f"write one part and nothing else: {', '.join(HF_PREFIXES)}",
+    )
     add("--dtype", choices=tuple(DTYPES), help="element type (default: as in the checkpoint)")
     add(
         "--max-shard-size-gb",
@@ -47,10 +57,13 @@ def parse_args() -> argparse.Namespace:
         metavar="GB",
         help="largest safetensors file, in 10^9 bytes (default: %(default)s)",
     )
+    add("--strict", action="store_true", help="refuse NaN and infinity (otherwise a warning)")
     add("--overwrite", action="store_true", help="replace OUTPUT if it is there")
     args = parser.parse_args()
     if args.max_shard_size_gb <= 0:
         parser.error("--max-shard-size-gb must be above 0")
+    if args.only and (args.parts or args.no_combined):
+        parser.error("--only writes one part: leave out --parts and --no-combined")
     if args.no_combined and not args.parts:
         parser.error("--no-combined without --parts leaves nothing to write")
     return args
@@ -72,6 +85,8 @@ def main() -> int:
             dtype=args.dtype,
             combined=not args.no_combined,
             parts=args.parts,
+            only=args.only,
+            strict=args.strict,
             max_shard_size_bytes=int(args.max_shard_size_gb * 1e9),
             overwrite=args.overwrite,
             progress=True,

@@ -134,8 +134,8 @@ def test_what_is_there_is_replaced_only_on_request(tmp_path, write_tiny_parts):
 
 def test_what_is_missing_is_named(tmp_path, write_tiny_parts):
     parts = write_tiny_parts()
-    with pytest.raises(CheckpointError, match="give the ViT's and the LLM's folder"):
-        hf_to_megatron(vision=parts / "vision", output=tmp_path / "ckpt")
+    with pytest.raises(CheckpointError, match="give the ViT's and the LLM's folder, one part al"):
+        hf_to_megatron(vision=parts / "vision", projector=parts / "p.pth", output=tmp_path / "ckpt")
     with pytest.raises(CheckpointError, match="either the three parts or a combined folder"):
         hf_to_megatron(vision=parts, combined=parts, output=tmp_path / "ckpt")
     with pytest.raises(CheckpointError, match="nothing to write"):

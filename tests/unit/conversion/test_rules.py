@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, StackedQkv
+from mmlm.conversion.rules import Copy, GateUp, GroupedQkv, Rule, StackedQkv, megatron_rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -83,4 +83,10 @@ def test_any_rows_are_found(rule: Rule, shapes: list[tuple[int, ...]]):
             runs = rule.row_runs(start, stop, shapes)
             found = torch.cat([tensors[place][rows] for place, rows in runs])
             assert torch.equal(found, whole[start:stop]), (start, stop)
+    for number, tensor in enumerate(tensors):
+        for start in range(len(tensor)):
+            for stop in range(start + 1, len(tensor) + 1):
+                places = megatron_rows(rule, number, start, stop, shapes)
+                found = torch.cat([whole[rows] for rows in places])
+                assert torch.equal(found, tensor[start:stop]), (number, start, stop)
     assert rule.row_runs(2, 2, shapes) in ([], [(0, slice(2, 2))])
