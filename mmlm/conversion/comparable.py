@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmlm.checkpoint.manifest import Manifest, resolve
+from mmlm.checkpoint.manifest import resolve
+from mmlm.checkpoint.part_manifest import read_any_manifest
 from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.conversion.hf_reader import HFReader
 from mmlm.conversion.hf_source import PROJECTOR_FILE
@@ -88,7 +89,9 @@ def _prefix(names: list[str]) -> str:
 
 
 def open_megatron(path: Path) -> Weights:
-    """Open a checkpoint, saved at any layout; of the optimizer nothing is looked at.
+    """Open a checkpoint, saved at any layout, of a whole model or of one part.
+
+    Of the optimizer nothing is looked at.
 
     Args:
         path: ROOT (its ``latest``) or an iteration's directory.
@@ -101,7 +104,7 @@ def open_megatron(path: Path) -> Weights:
     stored = {key for key in reader.infos if key.startswith(MODEL_PREFIX)}
     entries = [
         entry
-        for entry in expand(Manifest.read(directory).model)
+        for entry in expand(read_any_manifest(directory).model)
         if MODEL_PREFIX + entry.megatron_name in stored
     ]
     known = {name: entry for entry in entries for name in entry.hf_names}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmlm.conversion.comparable import Weights, open_hf, open_megatron
-from mmlm.conversion.convert import megatron_to_hf
+from mmlm.conversion.convert import hf_to_megatron, megatron_to_hf
 from mmlm.errors import CheckpointError
 from tests.conversion_helpers import assert_equal, convert_in
 from tests.tiny_weights import PROJECTOR_FILE, combined_state_dict, read_model_files
@@ -38,7 +38,7 @@ def test_every_form_gives_the_tensors_of_the_files(write_tiny_parts, tmp_path: P
     assert [side.where for side in sides] == [str(parts), str(combined), str(checkpoint)]
 
 
-def test_a_part_alone_has_the_names_of_the_combined_folder(write_tiny_parts):
+def test_a_part_alone_has_the_names_of_the_combined_folder(write_tiny_parts, tmp_path: Path):
     parts = write_tiny_parts()
     for path, prefix in (
         (parts / "vision", "vision_model."),
@@ -49,8 +49,11 @@ def test_a_part_alone_has_the_names_of_the_combined_folder(write_tiny_parts):
         assert names
         assert all(name.startswith(prefix) for name in names)
     inner = read_model_files(parts / "vision")
-    found = read_all(open_hf(parts / "vision"))
-    assert_equal(found, {"vision_model." + name: tensor for name, tensor in inner.items()})
+    checkpoint = hf_to_megatron(vision=parts / "vision", output=tmp_path / "ckpt")
+    for found in (open_hf(parts / "vision"), open_megatron(checkpoint)):
+        assert_equal(
+            read_all(found), {"vision_model." + name: tensor for name, tensor in inner.items()}
+        )
 
 
 def test_names_of_another_model_and_numbers_without_dimensions(tmp_path: Path):
