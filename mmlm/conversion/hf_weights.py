@@ -175,4 +175,5 @@ def load_hf_weights(
         for shard in shards:
             shard.data.copy_(reader.read(shard.key, shard.global_slice()))
             bar.update(shard.data.nbytes)
+    weights.reader.check.warn()
     return reader.bytes_read
