@@ -98,16 +98,34 @@ def read_meta(path: str | Path) -> tuple[AnnotationSet, ...]:
     """
     path = Path(path)
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(path.read_bytes(), object_pairs_hook=_without_doubles)
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the meta json ({error.strerror}); set data.meta to a file"
         ) from error
     except ValueError as error:
         raise DataError(f"{path}: the meta is not valid JSON ({error}); mend the file") from error
+    except _DoubleKey as error:
+        raise DataError(
+            f"{path}: the key '{error}' stands twice in one object; only the last would count, "
+            "rename or remove one"
+        ) from error
     if not isinstance(meta, dict) or not meta:
         raise DataError(f"{path}: the meta must be a JSON object with at least one set")
     return tuple(_parse_set(path, name, entry) for name, entry in meta.items())
+
+
+class _DoubleKey(Exception):
+    """A key of a JSON object that stands there twice."""
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise _DoubleKey(key)
+        found[key] = value
+    return found
 
 
 def _parse_set(path: Path, name: str, entry: Any) -> AnnotationSet:
@@ -230,7 +248,8 @@ def parse_record(text: bytes, *, file: Path, line: int) -> Record:
     """
     place = f"{file}:{line}"
     try:
-        entry = json.loads(text)
+        # strictly: json itself lets the bytes of half a surrogate pair pass
+        entry = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{place}: not valid JSON ({error}); every line must be one JSON object, mend or "
@@ -246,10 +265,11 @@ def parse_record(text: bytes, *, file: Path, line: int) -> Record:
             ) from error
     if not isinstance(entry, dict):
         raise DataError(f"{place}: must be a JSON object, not {type(entry).__name__}")
+    identity = entry.get("id")
     return Record(
         file=file,
         line=line,
-        identity=str(entry.get("id", "")),
+        identity="" if identity is None else str(identity),
         images=_parse_images(place, entry.get("image")),
         turns=_parse_turns(place, entry.get("conversations")),
     )

@@ -80,6 +80,16 @@ def test_a_broken_meta_says_what_to_change(tmp_path: Path, content: Any, message
         read_meta(write_meta(tmp_path, content))
 
 
+def test_a_key_that_stands_twice_in_the_meta_is_named(tmp_path: Path) -> None:
+    one = json.dumps(entry(tmp_path))
+    for content, key in (
+        (f'{{"a": {one}, "b": {one}, "a": {one}}}', "a"),
+        (f'{{"a": {one[:-1]}, "root": "other"}}}}', "root"),
+    ):
+        with pytest.raises(DataError, match=rf"meta\.json: the key '{key}' stands twice .*rename"):
+            read_meta(write_meta(tmp_path, content))
+
+
 def test_a_missing_meta_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.json: cannot read the meta json"):
         read_meta(tmp_path / "no.json")
@@ -125,6 +135,12 @@ def test_image_may_be_absent_empty_a_path_or_a_list(image: Any, expected: tuple[
     assert parse({"conversations": []}).images == ()
 
 
+def test_an_id_may_be_absent_or_null() -> None:
+    assert parse({"conversations": []}).identity == ""
+    assert parse({"id": None, "conversations": []}).identity == ""
+    assert parse({"id": 0, "conversations": []}).identity == "0"
+
+
 def test_a_record_keeps_its_text_as_it_stands() -> None:
     record = parse({"id": 3, "conversations": [{"from": "human", "value": " 你好\n"}]})
     assert record.turns == (Turn(role="human", text=" 你好\n"),)
@@ -158,3 +174,12 @@ def test_half_a_character_is_refused_and_a_whole_one_is_not() -> None:
     for fields in ((b"x", b"\\ud83d"), (b"\\uDE42", b"y")):
         with pytest.raises(DataError, match=r"a\.jsonl:3: half a character .*rewrite the text"):
             parse_record(text % fields, file=Path("a.jsonl"), line=3)
+
+
+def test_bytes_that_are_not_utf8_are_refused_and_a_byte_order_mark_is_not() -> None:
+    line = b'{"conversations": [{"from": "human", "value": "a%s"}]}'
+    for broken in (b"\xed\xa0\xbd", b"\xff"):  # the bytes of half a surrogate pair; no UTF-8
+        with pytest.raises(DataError, match=r"a\.jsonl:3: not valid JSON \('utf-8' codec"):
+            parse_record(line % broken, file=Path("a.jsonl"), line=3)
+    record = parse_record(b"\xef\xbb\xbf" + line % b"", file=Path("a.jsonl"), line=3)
+    assert record.turns[0].text == "a"
