@@ -4,7 +4,6 @@ Entries are written one after the other, so a thousand samples never sit in memo
 file appears under its name when it is complete.
 """
 
-import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmlm.data.image import normalise
+from mmlm.data.ledger import temporary_path
 from mmlm.data.lookup import Look
 from mmlm.data.sample import MAX_IMAGES_PER_SAMPLE
 from mmlm.errors import ConfigError, DataError
@@ -57,7 +57,7 @@ def dump(
     Raises:
         DataError: there is no such sample, or the file cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary = temporary_path(output)
     invalid = []
     try:
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:

@@ -32,6 +32,7 @@ MAX_IMAGE_PIXELS = 178_956_970
 Decoded, a picture of that size takes half a gigabyte."""
 
 _JPEG_QUALITIES = range(75, 101)
+_MAX_JPEG_SIDE = 65_500  # libjpeg's
 
 
 def load_image(path: Path) -> Image.Image:
@@ -49,15 +50,21 @@ def load_image(path: Path) -> Image.Image:
         raise DataError(_message(path, error)) from error
 
 
-def verify_image(path: Path) -> None:
+def verify_image(path: Path, *, augmented: bool = False) -> None:
     """Decode a picture completely and forget it.
 
+    Args:
+        path: the picture.
+        augmented: whether `augment` will be asked for it.
+
     Raises:
-        DataError: as `load_image`.
+        DataError: as `load_image`, and as `augment` where it is augmented.
     """
     try:
         with Image.open(path) as image:
             _refuse_bomb(image)
+            if augmented:
+                _refuse_long_side(image)
             # JPEG only: reads every byte, but skips most of the arithmetic.
             image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
@@ -122,14 +129,9 @@ def augment(image: Image.Image, *, seed: int, sample_id: int, slot: int, epoch: 
     """
     # Raw words: numpy promises those, and not its distributions, to stay from version to version.
     word = np.random.PCG64(np.random.SeedSequence((seed, epoch, sample_id, slot))).random_raw()
+    _refuse_long_side(image)
     buffer = io.BytesIO()
-    try:
-        image.save(buffer, format="JPEG", quality=_JPEG_QUALITIES[word % len(_JPEG_QUALITIES)])
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"data_augment cannot make a JPEG of {image.width} x {image.height} pixels ({error}); "
-            "shrink the picture to sides of at most 65500, or turn data_augment off for the set"
-        ) from error
+    image.save(buffer, format="JPEG", quality=_JPEG_QUALITIES[word % len(_JPEG_QUALITIES)])
     return Image.open(buffer).convert("RGB")
 
 
@@ -139,7 +141,17 @@ def _refuse_bomb(image: Image.Image) -> None:
         raise Image.DecompressionBombError(f"{image.width} x {image.height}, {pixels:,} pixels")
 
 
+def _refuse_long_side(image: Image.Image) -> None:
+    if max(image.size) > _MAX_JPEG_SIDE:
+        raise DataError(
+            f"data_augment cannot make a JPEG of {image.width} x {image.height} pixels; shrink the "
+            f"picture to sides of at most {_MAX_JPEG_SIDE}, or turn data_augment off for the set"
+        )
+
+
 def _message(path: Path, error: Exception) -> str:
+    if isinstance(error, DataError):
+        return f"{path}: {error}"
     if isinstance(error, FileNotFoundError):
         return f"{path}: the image does not exist; check the set's root and the record's 'image'"
     if isinstance(error, Image.DecompressionBombError):

@@ -6,6 +6,7 @@ A record is named once, however often its set is repeated.
 
 import json
 import os
+import socket
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -97,9 +98,14 @@ def describe_counts(counts: LedgerCounts) -> str:
     return "; ".join(parts) or "nothing"
 
 
+def temporary_path(path: Path) -> Path:
+    """Return a name beside ``path`` that no other process uses, on this machine or another."""
+    return path.with_name(f".{socket.gethostname()}.{os.getpid()}.{path.name}")
+
+
 def write_ledger(path: Path, entries: Iterable[LedgerEntry]) -> None:
     """Write the ledger under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = temporary_path(path)
     with temporary.open("w", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps(entry.to_json(), ensure_ascii=False) + "\n")

@@ -1,13 +1,13 @@
 """The length index of a set: where its records stand and how long they are, kept and mapped.
 
 The index is one memory-mapped ``.npy`` file under a name that changes with anything that could
-change a length: the annotation file (path, size, time), the tokenizer, the settings. Beside it
-lies the set's ledger. `mmlm.data.index_build` makes both.
+change a length or a judgement: the annotation file (path, size, time), the set's entry in the meta
+json, the tokenizer, the settings. Beside it lies the set's ledger. `mmlm.data.index_build` makes
+both.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mmlm.data.annotation import AnnotationSet, FileStamp, IntArray, file_stamp
-from mmlm.data.ledger import LedgerEntry, read_ledger, write_ledger
+from mmlm.data.ledger import LedgerEntry, read_ledger, temporary_path, write_ledger
 from mmlm.data.rejection import Action
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import DataError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the fingerprint: an index of another version is not found, and so measured again."""
 
 INDEX_DTYPE = np.dtype(
@@ -146,6 +146,7 @@ def _path_of(
         "name": annotation_set.name,
         "annotation": [str(file.resolve()), *stamp],
         "root": str(annotation_set.root.resolve()),
+        "data_augment": annotation_set.data_augment,
         "share": min(1, annotation_set.repeat_time),
         "tokenizer": tokenizer.fingerprint,
         "settings": asdict(settings),
@@ -178,6 +179,6 @@ def write_index(path: Path, rows: Rows, entries: Sequence[LedgerEntry]) -> None:
         entries: the ledger, in the order of the lines.
     """
     write_ledger(path.with_suffix(".jsonl"), entries)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    temporary = temporary_path(path)  # ends in .npy as well, or numpy would add that
     np.save(temporary, rows)
     temporary.replace(path)  # its presence means that both are complete

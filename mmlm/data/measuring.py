@@ -125,7 +125,7 @@ def _measure_record(
     found = measure(record, tokenizer, chunk.settings)
     # pictures after the cut are not used; where the text is at fault, all of them should be known
     wanted = found.num_images if found.rejection is None else len(record.images)
-    problems = _broken_images(record, chunk.annotation_set.root, wanted)
+    problems = _broken_images(record, chunk.annotation_set, wanted)
     if not problems:
         return record.identity, found
     if found.rejection is None:
@@ -134,11 +134,11 @@ def _measure_record(
     return record.identity, Measure.rejected(found.rejection.reason, detail)
 
 
-def _broken_images(record: Record, root: Path, wanted: int) -> Sequence[str]:
+def _broken_images(record: Record, entry: AnnotationSet, wanted: int) -> Sequence[str]:
     problems = []
-    for path in image_paths(record, root)[:wanted]:
+    for path in image_paths(record, entry.root)[:wanted]:
         try:
-            verify_image(path)
+            verify_image(path, augmented=entry.data_augment)
         except DataError as error:
             problems.append(str(error))
     return problems

@@ -137,9 +137,25 @@ def test_a_decompression_bomb_is_refused_whatever_pillow_says(
 
 
 def test_a_picture_too_long_for_a_jpeg_cannot_be_augmented() -> None:
-    message = "data_augment cannot make a JPEG of 1 x 70000 pixels .*turn data_augment off"
+    message = "data_augment cannot make a JPEG of 1 x 70000 pixels; .*turn data_augment off"
     with pytest.raises(DataError, match=message):
         augment(Image.new("RGB", (1, 70_000)), seed=0, sample_id=0, slot=0, epoch=0)
+
+
+@pytest.mark.parametrize("side", [65_500, 65_501])
+def test_the_check_knows_what_augmentation_will_refuse(tmp_path: Path, side: int) -> None:
+    image = Image.new("RGB", (side, 1))
+    image.save(tmp_path / "a.png")
+    verify_image(tmp_path / "a.png")
+    if side == 65_500:
+        verify_image(tmp_path / "a.png", augmented=True)
+        assert augment(image, seed=0, sample_id=0, slot=0, epoch=0).size == (side, 1)
+        return
+    message = r"data_augment cannot make a JPEG of 65501 x 1 pixels; shrink .* at most 65500"
+    with pytest.raises(DataError, match=rf"a\.png: {message}"):
+        verify_image(tmp_path / "a.png", augmented=True)
+    with pytest.raises(DataError, match=message):
+        augment(image, seed=0, sample_id=0, slot=0, epoch=0)
 
 
 def test_augmentation_is_the_same_in_every_version(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from mmlm.data.ledger import (
     describe_counts,
     read_ledger,
     strict_error,
+    temporary_path,
     write_ledger,
 )
 from mmlm.data.rejection import Action, Reason
@@ -66,3 +67,15 @@ def test_entries_are_counted_by_action_and_reason() -> None:
     text = "3 excluded (odd_turns 2, image_count 1); 1 repaired (first_turn_dropped 1)"
     assert describe_counts(counts) == text
     assert describe_counts(count_entries([])) == "nothing"
+
+
+def test_a_temporary_name_is_of_one_process_of_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, names = tmp_path / "a.npy", set()
+    for host, process in (("one", 7), ("two", 7), ("one", 8)):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        names.add(temporary_path(path))
+    assert len(names) == 3
+    assert all(name.parent == tmp_path and name.suffix == ".npy" for name in names)

@@ -67,7 +67,10 @@ def test_the_name_changes_with_whatever_could_change_a_length(
 
     half = AnnotationSet(**{**vars(tiny), "repeat_time": 0.5})
     twice = AnnotationSet(**{**vars(tiny), "repeat_time": 2})
+    elsewhere = AnnotationSet(**{**vars(tiny), "root": tmp_path / "elsewhere"})
+    augmented = AnnotationSet(**{**vars(tiny), "data_augment": True})
     names = [name(), name(seq_length=8), name(image_size=28), name(system_message="S"), name(half)]
+    names += [name(elsewhere), name(augmented)]
     os.utime(tiny.annotation, (1, 1))
     names.append(name())
     tiny.annotation.write_text("{}\n")

@@ -18,9 +18,13 @@ from tests.tiny_data import conversation, write_set
 
 
 def make_chunk(
-    folder: Path, entries: list[dict[str, Any]], tokenizer: Tokenizer, settings: SampleSettings
+    folder: Path,
+    entries: list[dict[str, Any]],
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    **more: Any,
 ) -> Chunk:
-    entry = read_meta(write_set(folder, entries))[0]
+    entry = read_meta(write_set(folder, entries, **more))[0]
     offsets, lines = scan_lines(entry.annotation)
     rows = np.zeros(len(lines), dtype=INDEX_DTYPE)
     rows["offset"], rows["line"] = offsets, lines
@@ -87,6 +91,19 @@ def test_pictures_after_the_cut_are_not_opened(
     assert measured.entries[0].detail.endswith(
         "the cut takes 2 of 4 supervised tokens and 1 of 2 images"
     )
+
+
+@pytest.mark.parametrize("data_augment", [False, True])
+def test_a_picture_too_long_for_a_jpeg_is_refused_where_the_set_augments(
+    data_augment: bool, tokenizer: Tokenizer, settings: SampleSettings, tmp_path: Path
+) -> None:
+    Image.new("RGB", (66_000, 2)).save(tmp_path / "a.png")
+    entries = [{"image": "a.png", "conversations": conversation("<image>", "a")}]
+    chunk = make_chunk(tmp_path, entries, tokenizer, settings, data_augment=data_augment)
+    measured = measure_chunk(chunk, tokenizer)
+    assert measured.rows["usable"].tolist() == [not data_augment]
+    assert [entry.reason for entry in measured.entries] == [Reason.IMAGE_UNREADABLE] * data_augment
+    assert all("a.png: data_augment cannot make" in entry.detail for entry in measured.entries)
 
 
 @pytest.mark.parametrize("change", ["edit", "remove"])
