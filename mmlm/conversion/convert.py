@@ -39,6 +39,9 @@ from mmlm.conversion.name_map import Part
 from mmlm.conversion.one_part import OnePart, open_one_part
 from mmlm.conversion.unfinished import bytes_on_disk, unfinished_folder
 from mmlm.errors import CheckpointError, ConfigError
+from mmlm.log import get_logger
+
+_log = get_logger("mmlm.conversion")
 
 _TENSOR_FILE = "__0_0.distcp"
 """What torch calls the one file of rank 0."""
@@ -103,6 +106,7 @@ def hf_to_megatron(
         ((part, path),) = given.items()
         _refuse_vision_changes(part, changes)
         weights = open_one_part(part, path, target, strict=strict, **changes)
+        _log.info("%s alone: the checkpoint will hold no other part", part)
     else:
         source = _open(vision, llm, projector, combined, ps_version)
         weights = prepare_weights(source, target, seed, strict=strict, **changes)
