@@ -6,6 +6,7 @@ excluded records too, so an id does not change when a broken record is mended.
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,6 @@ class Dataset:
         indexes: one a set, in the order of the meta's keys.
         tokenizer: of the language model.
         settings: lengths and sizes.
-        table: sizes of all samples, for the step plan.
         ledger_file: where all that is said of the records is written.
     """
 
@@ -54,7 +54,11 @@ class Dataset:
         self.ledger_file = ledger_file
         counts = [index.num_records * index.annotation_set.repeats for index in self.indexes]
         self._starts = np.cumsum([0, *counts])
-        self.table = SampleTable(
+
+    @cached_property
+    def table(self) -> SampleTable:
+        """Sizes of all samples, for the step plan; processes that only decode never make it."""
+        return SampleTable(
             num_tokens=self._concatenate("num_tokens"),
             num_images=self._concatenate("num_images"),
             num_supervised_tokens=self._concatenate("num_supervised_tokens"),

@@ -15,6 +15,7 @@ from mmlm.data.planners import Planner
 from mmlm.data.sample import Sample
 from mmlm.data.step_plan import Microbatch, StepPlan
 from mmlm.data.workers import Pictures, WorkerPool, decode
+from mmlm.errors import DataError
 
 
 class BatchLoader:
@@ -128,10 +129,13 @@ class BatchLoader:
             return {}
         num_images = self._dataset.table.num_images
         samples = {number for row in rows for number in row if num_images[number] > 0}
-        job = (self._seed, plan.epoch)
+        jobs = {
+            number: (number, int(num_images[number]), self._seed, plan.epoch)
+            for number in sorted(samples)
+        }
         if self._workers is None:
-            return {number: partial(decode, self._dataset, number, *job) for number in samples}
-        return {number: self._workers.submit(number, *job).result for number in sorted(samples)}
+            return {number: partial(decode, self._dataset, *jobs[number]) for number in jobs}
+        return {number: self._workers.submit(*jobs[number]).result for number in jobs}
 
     def _make(
         self, plan: StepPlan, rows: Microbatch, pictures: dict[int, Callable[[], Pictures]]
@@ -144,6 +148,12 @@ class BatchLoader:
             )
             if self._with_pixels:
                 images = pictures[sample_id]() if sample_id in pictures else ()
+                if len(images) != len(sample.image_ids):
+                    raise DataError(
+                        f"{self._dataset.record(sample_id).place}: {len(images)} pictures for "
+                        f"{len(sample.image_ids)} image blocks; the data changed during the run, "
+                        "start again"
+                    )
                 sample = replace(sample, pixel_values=self._normalised(images))
             samples[sample_id] = sample
         batch = collate(

@@ -33,16 +33,17 @@ _MAX_SENT = 4
 Pictures = tuple[ByteArray, ...]
 """uint8 [S, S, 3] each: the pictures of a sample before normalising."""
 
-_Job = tuple[int, int, int]
-"""Sample id, seed, epoch."""
+_Job = tuple[int, int, int, int]
+"""Sample id, pictures, seed, epoch."""
 
 
-def decode(dataset: Dataset, sample_id: int, seed: int, epoch: int) -> Pictures:
+def decode(dataset: Dataset, sample_id: int, num_images: int, seed: int, epoch: int) -> Pictures:
     """Decode, augment and squash the pictures of a sample.
 
     Args:
-        dataset: where it comes from.
+        dataset: where it comes from; its table is not looked at.
         sample_id: which.
+        num_images: how many of its pictures are left after the cut, as the plan was made with.
         seed: seed of the run, for augmentation.
         epoch: from 0, for augmentation.
 
@@ -52,7 +53,7 @@ def decode(dataset: Dataset, sample_id: int, seed: int, epoch: int) -> Pictures:
     return load_images(
         dataset.record(sample_id),
         dataset.annotation_set(sample_id),
-        int(dataset.table.num_images[sample_id]),
+        num_images,
         dataset.settings.image_size,
         sample_id=sample_id,
         seed=seed,
@@ -84,11 +85,12 @@ class WorkerPool:
                     "data.num_workers, or set it to 0 to decode in the trainer's process"
                 ) from error
 
-    def submit(self, sample_id: int, seed: int, epoch: int) -> Future[Pictures]:
+    def submit(self, sample_id: int, num_images: int, seed: int, epoch: int) -> Future[Pictures]:
         """Ask the next worker for the pictures of a sample.
 
         Args:
             sample_id: which.
+            num_images: see `decode`.
             seed: seed of the run, for augmentation.
             epoch: from 0, for augmentation.
 
@@ -97,7 +99,7 @@ class WorkerPool:
         """
         worker = self._workers[self._num_submitted % len(self._workers)]
         self._num_submitted += 1
-        return worker.submit((sample_id, seed, epoch))
+        return worker.submit((sample_id, num_images, seed, epoch))
 
     def close(self) -> None:
         """End the processes at once; what they had to do is dropped."""
@@ -116,10 +118,15 @@ class _Worker:
         self._asked: deque[tuple[_Job, Future[Pictures]]] = deque()
         self._num_sent = 0  # of those asked
         self._is_dead = False
+        self._at_work_on: int | None = None  # the sample that was begun last, as far as is known
+        self._begun, theirs_begun = context.Pipe(duplex=False)
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, dataset), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, theirs_begun, dataset), daemon=True
+        )
         self._process.start()
         theirs.close()  # so that its death is the end of the pipe
+        theirs_begun.close()
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
 
@@ -127,7 +134,7 @@ class _Worker:
         future: Future[Pictures] = Future()
         with self._lock:
             if self._is_dead:
-                future.set_exception(self._obituary(job[0], "before"))
+                future.set_exception(self._obituary())
             else:
                 self._asked.append((job, future))
                 self._send()
@@ -138,6 +145,7 @@ class _Worker:
         self._process.join()
         self._thread.join()
         self._connection.close()
+        self._begun.close()
 
     def _send(self) -> None:
         while self._num_sent < min(_MAX_SENT, len(self._asked)):
@@ -148,33 +156,54 @@ class _Worker:
             self._num_sent += 1
 
     def _receive(self) -> None:
+        """Hand on what the process sends, until it ends; nobody is left waiting, whatever fails."""
+        failure: BaseException | None = None
         try:
             while True:
-                outcome = self._connection.recv()
-                if not isinstance(outcome, BaseException):
-                    outcome = tuple(self._receive_image(shape) for shape in outcome)
-                with self._lock:
-                    _, future = self._asked.popleft()
-                    self._num_sent -= 1
-                    self._send()
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
-                else:
-                    future.set_result(outcome)
+                self._receive_one()
         except (EOFError, OSError):  # the process ended
             self._process.join()
+            self._look_what_was_begun()
+        except BaseException as error:
+            failure = error
+            self._process.terminate()
+        finally:
             with self._lock:
                 self._is_dead = True
                 asked, self._asked = self._asked, deque()
-            for number, ((sample_id, _, _), future) in enumerate(asked):
-                # answers come in order: of the samples that were lost, the first one was at work
-                when = "before" if number else "while"
-                future.set_exception(self._obituary(sample_id, when))
+            for _, future in asked:
+                future.set_exception(failure or self._obituary())
+
+    def _receive_one(self) -> None:
+        outcome = self._connection.recv()
+        self._look_what_was_begun()
+        if not isinstance(outcome, BaseException):
+            outcome = tuple(self._receive_image(shape) for shape in outcome)
+        with self._lock:
+            _, future = self._asked.popleft()
+            self._num_sent -= 1
+            self._send()
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _receive_image(self, shape: tuple[int, ...]) -> ByteArray:
         return np.frombuffer(self._connection.recv_bytes(), dtype=np.uint8).reshape(shape)
 
-    def _obituary(self, sample_id: int, when: str) -> DataError:
+    def _look_what_was_begun(self) -> None:
+        try:
+            while self._begun.poll():
+                self._at_work_on = self._begun.recv()
+        except (EOFError, OSError):
+            return  # it has ended, and all that it said was read
+
+    def _obituary(self) -> DataError:
+        """What a rank that waits for a picture is told of the death of its worker."""
+        how = f"data worker {self._number} ended ({_reason(self._process.exitcode)})"
+        sample_id = self._at_work_on
+        if sample_id is None:
+            return DataError(f"{how} before its first sample; lower data.num_workers")
         try:
             record = self._dataset.record(sample_id)
             place = place_of(record, self._dataset.annotation_set(sample_id))
@@ -182,9 +211,9 @@ class _Worker:
         except DataError as error:
             place, images = f"sample {sample_id}", str(error)
         return DataError(
-            f"{place}: data worker {self._number} ended ({_reason(self._process.exitcode)}) {when} "
-            f"it decoded this sample ({images}); if memory ran out, lower data.num_workers or "
-            "data.prefetch_iterations, otherwise look at the images"
+            f"{place}: {how} at or after this sample, the last that it began ({images}); if memory "
+            "ran out, lower data.num_workers or data.prefetch_iterations, otherwise look at the "
+            "images"
         )
 
 
@@ -194,16 +223,24 @@ def _reason(exitcode: int | None) -> str:
     return f"exit code {exitcode}"
 
 
-def _serve(connection: Connection, dataset: Dataset) -> None:
-    """What a worker does: decode one sample after the other until it is ended."""
+def _serve(connection: Connection, begun: Connection, dataset: Dataset) -> None:
+    """What a worker does: decode one sample after the other until it is ended.
+
+    Args:
+        connection: jobs come in, pictures go out.
+        begun: the id of each sample goes out when it is begun; pictures may be late, this is not.
+        dataset: where samples come from.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
     _in_a_thread(_follow_parent)
     outbox: queue.SimpleQueue[Pictures | BaseException] = queue.SimpleQueue()
     _in_a_thread(partial(_send_all, connection, outbox))
     while True:
-        sample_id, seed, epoch = connection.recv()
+        job = connection.recv()
+        sample_id = job[0]
+        begun.send(sample_id)
         try:
-            outbox.put(decode(dataset, sample_id, seed, epoch))
+            outbox.put(decode(dataset, *job))
         except MmlmError as error:
             outbox.put(error)  # raised again where the sample is waited for
         except Exception:  # ours, and perhaps of a type that does not travel

@@ -1,10 +1,13 @@
 """Everything a run needs, built once from its configuration."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -19,7 +22,7 @@ from mmlm.data.dataset import Dataset, cache_folder, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
-from mmlm.errors import ConfigError
+from mmlm.errors import ConfigError, DataError
 from mmlm.log import get_logger
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import (
@@ -62,7 +65,11 @@ def data_fingerprint(dataset: Dataset) -> dict[str, Any]:
         for index in dataset.indexes
     ]
     tokens = int(dataset.table.num_tokens[dataset.table.usable].sum())
-    return {"samples_of_sets": sets, "tokens": tokens}
+    order = hashlib.blake2b(digest_size=8)
+    for index in dataset.indexes:
+        for name in ("identity", "num_tokens", "usable"):
+            order.update(np.ascontiguousarray(index.rows[name]).tobytes())
+    return {"samples_of_sets": sets, "tokens": tokens, "order": order.hexdigest()}
 
 
 def refuse_other_data(start: Start, dataset: Dataset) -> None:
@@ -73,7 +80,7 @@ def refuse_other_data(start: Start, dataset: Dataset) -> None:
     """
     before = start.manifest.data if start.resumes and start.manifest is not None else None
     now = data_fingerprint(dataset)
-    if before not in (None, now):
+    if any(now[name] != value for name, value in (before or {}).items()):
         raise ConfigError(
             f"{start.checkpoint} was trained on other data: {before}, now {now}; resume with the "
             "same data, or start a new run in another output_dir with this one as checkpoint.load"
@@ -111,7 +118,26 @@ def open_data(
         read(build=True)
 
     on_rank_zero(build, topology.control_group)
-    return read(build=False)
+    dataset = read(build=False)
+    refuse_different_data(data_fingerprint(dataset), cache, topology.control_group)
+    return dataset
+
+
+def refuse_different_data(
+    fingerprint: dict[str, Any], cache: Path, control_group: dist.ProcessGroup
+) -> None:
+    """Make sure that all ranks have opened the same indexes, or their plans differ; collective.
+
+    Raises:
+        DataError: on every rank, if they have not.
+    """
+    found: list[dict[str, Any]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(found, fingerprint, group=control_group)
+    if any(other != found[0] for other in found):
+        raise DataError(
+            f"{cache}: the length indexes changed while the ranks opened them; another run or "
+            "check is measuring the same data, start again when it is done"
+        )
 
 
 def train_iterations(config: RunConfig, planner: TrainPlanner) -> int:

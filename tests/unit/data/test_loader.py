@@ -129,6 +129,15 @@ def test_each_picture_is_decoded_once_and_only_where_wanted(
     assert len(opened) == len(set(opened)) == sum(len(batch.image_ids) for batch in batches) > 0
 
 
+def test_a_picture_too_few_is_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a batch whose pixels are not those of its image blocks."""
+    real = loader_room.decode
+    monkeypatch.setattr(loader_room, "decode", lambda *job: real(*job)[1:])
+    message = r"\.jsonl:\d+: \d pictures for \d image blocks; the data changed during the run"
+    with loader(dataset) as source, pytest.raises(DataError, match=message):
+        source.batches(0)
+
+
 def test_workers_are_asked_for_pictures_alone(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,10 +146,10 @@ def test_workers_are_asked_for_pictures_alone(
     class Spy:
         def __init__(self, *arguments: object) -> None: ...
 
-        def submit(self, sample_id: int, seed: int, epoch: int) -> "Future[Pictures]":
+        def submit(self, sample_id: int, *job: int) -> "Future[Pictures]":
             asked.append(sample_id)
             future: Future[Pictures] = Future()
-            future.set_result(decode(dataset, sample_id, seed, epoch))
+            future.set_result(decode(dataset, sample_id, *job))
             return future
 
         def close(self) -> None: ...

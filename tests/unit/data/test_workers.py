@@ -16,6 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from mmlm.data import workers
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.image import normalise
 from mmlm.data.sample import SampleSettings
@@ -41,7 +42,7 @@ def pictured(tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings) -> 
 
 def test_decoding_leaves_only_normalising(dataset: Dataset) -> None:
     for sample_id in dataset.table.usable[:6].tolist():
-        pictures = decode(dataset, sample_id, 1, 2)
+        pictures = decode(dataset, sample_id, int(dataset.table.num_images[sample_id]), 1, 2)
         whole = dataset.sample(sample_id, seed=1, epoch=2, with_pixels=True).pixel_values
         assert whole is not None and len(pictures) == len(whole)
         for picture, pixels in zip(pictures, whole, strict=True):
@@ -51,16 +52,16 @@ def test_decoding_leaves_only_normalising(dataset: Dataset) -> None:
 def test_workers_decode_what_this_process_decodes_and_errors_arrive(pictured: Dataset) -> None:
     pool = WorkerPool(pictured, 2)
     try:
-        pending = [pool.submit(sample_id, 4, 0) for sample_id in (2, 0, 1)]
+        pending = [pool.submit(sample_id, 1, 4, 0) for sample_id in (2, 0, 1)]
         for sample_id, asked in zip((2, 0, 1), pending, strict=True):
-            here = decode(pictured, sample_id, 4, 0)
+            here = decode(pictured, sample_id, 1, 4, 0)
             np.testing.assert_array_equal(np.array(asked.result()), np.array(here))
         root = pictured.annotation_set(1).root
         (root / "1.png").unlink()
         message = r"tiny\.jsonl:2 \(set 'tiny', id '1'\): .*1\.png: the image does not exist"
         with pytest.raises(DataError, match=message):
-            pool.submit(1, 4, 0).result()
-        pool.submit(0, 4, 0).result()  # the worker lives on
+            pool.submit(1, 1, 4, 0).result()
+        pool.submit(0, 1, 4, 0).result()  # the worker lives on
     finally:
         pool.close()
     assert multiprocessing.active_children() == []
@@ -72,22 +73,21 @@ def test_a_killed_worker_is_an_error_that_names_the_sample(pictured: Dataset) ->
     os.mkfifo(root / "1.png")  # reading it waits for ever
     pool = WorkerPool(pictured, 1)
     try:
-        pending = [pool.submit(sample_id, 0, 0) for sample_id in (0, 1, 2)]
+        pending = [pool.submit(sample_id, 1, 0, 0) for sample_id in (0, 1, 2)]
         pending[0].result()
         time.sleep(0.1)
         for child in multiprocessing.active_children():
             os.kill(child.pid or 0, signal.SIGKILL)
         message = (
-            r"tiny\.jsonl:2 \(set 'tiny', id '1'\): data worker 0 ended \(killed by SIGKILL\) "
-            r"while it decoded this sample \(images \['1\.png'\]\); .* lower data\.num_workers"
+            r"tiny\.jsonl:2 \(set 'tiny', id '1'\): data worker 0 ended \(killed by SIGKILL\) at "
+            r"or after this sample, .* \(images \['1\.png'\]\); .* lower data\.num_workers"
         )
-        with pytest.raises(DataError, match=message):
-            pending[1].result()
-        with pytest.raises(DataError, match=r"data worker 0 ended \(killed by SIGKILL\) before"):
-            pool.submit(2, 0, 0).result()
+        for asked in (pending[1], pending[2], pool.submit(2, 1, 0, 0)):
+            with pytest.raises(DataError, match=message):
+                asked.result()
         pictured.annotation_set(1).annotation.unlink()
-        with pytest.raises(DataError, match=r"sample 2: data worker 0 ended .*tiny\.jsonl"):
-            pool.submit(2, 0, 0).result()
+        with pytest.raises(DataError, match=r"sample 1: data worker 0 ended .*tiny\.jsonl"):
+            pool.submit(2, 1, 0, 0).result()
     finally:
         pool.close()
 
@@ -96,7 +96,23 @@ def test_a_fault_of_ours_arrives_with_its_traceback(pictured: Dataset) -> None:
     pool = WorkerPool(pictured, 1)
     try:
         with pytest.raises(RuntimeError, match=r"sample 3:\nTraceback (.|\n)*IndexError"):
-            pool.submit(3, 0, 0).result()
+            pool.submit(3, 1, 0, 0).result()
+    finally:
+        pool.close()
+
+
+def test_whatever_goes_wrong_while_receiving_nobody_waits_for_ever(
+    pictured: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(worker: object, shape: tuple[int, ...]) -> None:
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr(workers._Worker, "_receive_image", no_memory)
+    pool = WorkerPool(pictured, 1)
+    try:
+        for asked in [pool.submit(sample_id, 1, 0, 0) for sample_id in (0, 1)]:
+            with pytest.raises(MemoryError, match="no room for a picture"):
+                asked.result(timeout=30)
     finally:
         pool.close()
 
@@ -125,7 +141,7 @@ def test_work_that_is_dropped_ends_at_once(pictured: Dataset) -> None:
     (root / "1.png").unlink()
     os.mkfifo(root / "1.png")
     pool = WorkerPool(pictured, 1)
-    pending = [pool.submit(1, 0, 0) for _ in range(9)]
+    pending = [pool.submit(1, 1, 0, 0) for _ in range(9)]
     began = time.monotonic()
     pool.close()
     assert time.monotonic() - began < 5 and multiprocessing.active_children() == []
@@ -153,14 +169,15 @@ def test_the_dataset_travels_as_paths(dataset: Dataset, tmp_path: Path) -> None:
 
 ORPHANS = """
 import os, pickle, signal, sys
+from mmlm.data import workers
 from mmlm.data.workers import WorkerPool
 
 if __name__ == "__main__":
     with open(sys.argv[1], "rb") as file:
         dataset = pickle.load(file)
     pool = WorkerPool(dataset, 2)
-    pool.submit(0, 0, 0).result()
-    pool.submit(1, 0, 0)
+    pool.submit(0, 1, 0, 0).result()
+    pool.submit(1, 1, 0, 0)
     print("ready", flush=True)
     signal.pause()
 """

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, iteration_name
 from mmlm.config.load import apply_overrides, to_json
@@ -15,10 +16,16 @@ from mmlm.config.schema import CheckpointConfig, DataConfig, RunConfig, TrainCon
 from mmlm.data.dataset import Dataset, open_dataset
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
-from mmlm.errors import CheckpointError, ConfigError
+from mmlm.errors import CheckpointError, ConfigError, DataError
 from mmlm.train import setup
-from mmlm.train.setup import data_fingerprint, open_data, refuse_other_data
+from mmlm.train.setup import (
+    data_fingerprint,
+    open_data,
+    refuse_different_data,
+    refuse_other_data,
+)
 from mmlm.train.start import Start, checkpoint_root, find_start, load_tokenizer
+from tests.distributed.launch import run_ranks
 from tests.tiny_data import make_playground, make_tokenizer
 
 
@@ -161,6 +168,8 @@ def test_samples_are_made_as_the_run_says(
     seen = []
     monkeypatch.setattr(setup, "open_dataset", lambda *sources, **_: seen.append(sources[2]))
     monkeypatch.setattr(setup, "on_rank_zero", lambda work, group: work())
+    monkeypatch.setattr(setup, "data_fingerprint", lambda dataset: {})
+    monkeypatch.setattr(setup, "refuse_different_data", lambda *fingerprint: None)
     config = RunConfig(data=DataConfig(seq_length=77, special_literals="tokens"))
     topology: Any = SimpleNamespace(control_group=None)
     open_data(config, str(meta), tiny(), tokenizer, topology)
@@ -201,7 +210,44 @@ def test_the_fingerprint_is_of_what_is_trained_on(
     dataset = open_changed(playground, tmp_path)
     tokens = int(dataset.table.num_tokens.sum())
     sets = [["pictured", 10], ["text_only", 2]]
-    assert data_fingerprint(dataset) == {"samples_of_sets": sets, "tokens": tokens}
+    found = data_fingerprint(dataset)
+    assert (found["samples_of_sets"], found["tokens"]) == (sets, tokens)
+    assert found == data_fingerprint(open_changed(playground, tmp_path))
+
+
+def test_the_fingerprint_knows_the_order_of_the_records(
+    playground: tuple[Path, Tokenizer], tmp_path: Path
+) -> None:
+    before = data_fingerprint(open_changed(playground, tmp_path))
+    (annotation,) = {
+        index.annotation_set.annotation
+        for index in open_changed(playground, tmp_path).indexes
+        if index.annotation_set.name == "pictured"
+    }
+    lines = annotation.read_text().splitlines(keepends=True)
+    annotation.write_text("".join(reversed(lines)))
+    after = data_fingerprint(open_changed(playground, tmp_path))
+    assert after["tokens"] == before["tokens"] and after["order"] != before["order"]
+    # a checkpoint of before the order was kept goes by the rest
+    del before["order"]
+    refuse_other_data(resumed(before), open_changed(playground, tmp_path))
+
+
+def _open_with_another_count(rank_of_another: int | None) -> str:
+    rank = torch.distributed.get_rank()
+    fingerprint = {"tokens": 8 if rank == rank_of_another else 7}
+    try:
+        refuse_different_data(fingerprint, Path("cache"), torch.distributed.group.WORLD)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.distributed
+def test_ranks_that_opened_different_indexes_all_stop() -> None:
+    assert run_ranks(2, _open_with_another_count, None) == ["", ""]
+    for message in run_ranks(2, _open_with_another_count, 1):
+        assert message.startswith("cache: the length indexes changed while the ranks opened them")
 
 
 def without_last(meta: dict[str, Any]) -> dict[str, Any]:
