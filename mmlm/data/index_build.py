@@ -5,9 +5,11 @@ does not depend on the number of processes.
 """
 
 import multiprocessing
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -36,6 +38,22 @@ _CHUNK = 64
 _AHEAD = 3  # chunks a process that are handed out, so that none waits for the next
 _MIN_RECORDS_PER_PROCESS = 512  # below this, starting a process costs more than it saves
 
+RESUME_HOURS = 6
+"""What was measured by a build that stopped longer ago is not taken when all is asked for again:
+pictures may have changed since."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """The indexes of all sets, and what a build that was stopped has given to them."""
+
+    indexes: list[SetIndex]
+    """In the order of the sets."""
+    num_resumed: int
+    """Records that were not measured now, but by a build that was stopped."""
+    stopped_at: float | None
+    """When that one stopped, the earliest if there are several, seconds since 1970."""
+
 
 def build_indexes(
     sets: Sequence[AnnotationSet],
@@ -58,17 +76,38 @@ def build_indexes(
         settings: lengths and sizes.
         cache_dir: where indexes are kept; made if missing.
         num_workers: processes that measure.
-        again: measure everything, also where there is an index.
+        again: measure everything, also where there is an index. What a killed build has
+            measured is then taken only if it stopped in the last `RESUME_HOURS`.
 
     Raises:
         DataError: a set has no record, an annotation file changed meanwhile, a process was killed,
             or the cache cannot be written.
     """
+    return run_build(
+        sets, tokenizer, settings, cache_dir, num_workers=num_workers, again=again
+    ).indexes
+
+
+def run_build(
+    sets: Sequence[AnnotationSet],
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    cache_dir: Path,
+    *,
+    num_workers: int,
+    again: bool,
+) -> Build:
+    """As `build_indexes`; says as well what was taken from a build that was stopped."""
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         jobs = [_Job(entry, tokenizer, settings, cache_dir, again=again) for entry in sets]
         _do(jobs, tokenizer, num_workers)
-        return [job.finish() for job in jobs]
+        stops = [job.stopped_at for job in jobs if job.stopped_at is not None]
+        return Build(
+            indexes=[job.finish() for job in jobs],
+            num_resumed=sum(job.num_resumed for job in jobs),
+            stopped_at=min(stops, default=None),
+        )
     except OSError as error:
         raise DataError(
             f"{error.filename or cache_dir}: cannot keep the length index ({error.strerror}); "
@@ -135,12 +174,27 @@ class _Job:
             self._pending = np.isin(self._rows["line"], broken)
             others = set(broken)
             self._entries = [e for e in kept.ledger() if e.line not in others] if broken else []
+        self.num_resumed = 0
+        self.stopped_at: float | None = None
         if not self._pending.any():
             return
-        for measured in self._progress.read():
-            self._put(measured, skip=_lines_with_broken_images(measured.entries))
+        self._resume(again=again)
         if not self._pending.any():  # killed after the last chunk
             self._keep()
+
+    def _resume(self, *, again: bool) -> None:
+        """Take what a build that was stopped has measured."""
+        stopped_at = self._progress.stopped_at()
+        if stopped_at is None:
+            return
+        if again and time.time() - stopped_at > RESUME_HOURS * 3600:
+            self._progress.remove()
+            return
+        num_pending = np.count_nonzero(self._pending)
+        for measured in self._progress.read():
+            self._put(measured, skip=_lines_with_broken_images(measured.entries))
+        self.num_resumed = int(num_pending - np.count_nonzero(self._pending))
+        self.stopped_at = stopped_at if self.num_resumed else None
 
     @property
     def num_records(self) -> int:

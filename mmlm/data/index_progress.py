@@ -25,6 +25,10 @@ class ProgressFile:
         """
         self.path = path
 
+    def stopped_at(self) -> float | None:
+        """Return when the last chunk was added, seconds since 1970; None where there is no file."""
+        return self.path.stat().st_mtime if self.path.is_file() else None
+
     def read(self) -> list[Measured]:
         """Return the chunks that are there, in the order in which they were done."""
         if not self.path.is_file():

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mmlm.data.annotation import IntArray, parse_record, read_line, read_meta, scan_lines
-from mmlm.data.index_build import build_indexes
+from mmlm.data.index_build import run_build
 from mmlm.data.ledger import LedgerCounts, LedgerEntry, count_entries
 from mmlm.data.length_index import Rows, SetIndex
 from mmlm.data.rejection import Action, Reason
@@ -134,6 +134,10 @@ class CheckReport:
     """Processes that judged."""
     reused: bool
     """Whether what was measured before was taken where there was some."""
+    num_resumed: int
+    """Records that were not judged now, but by a check that was stopped."""
+    stopped_at: float | None
+    """When that one stopped, seconds since 1970."""
 
     @property
     def exclusions(self) -> tuple[LedgerEntry, ...]:
@@ -159,16 +163,17 @@ def check_data(
         cache_dir: where the indexes are kept.
         num_workers: processes that judge.
         again: judge everything, also where there is a finished index. What a check that was
-            killed has judged is not judged again.
+            killed in the last hours (`RESUME_HOURS`) has judged is not judged again.
 
     Raises:
-        DataError: as `read_meta` and `build_indexes`; a broken record is a finding, not an error.
+        DataError: as `read_meta` and `run_build`; a broken record is a finding, not an error.
     """
     begin = time.perf_counter()
-    indexes = build_indexes(
+    build = run_build(
         read_meta(meta), tokenizer, settings, cache_dir, num_workers=num_workers, again=again
     )
     seconds = time.perf_counter() - begin
+    indexes = build.indexes
     longest = max(int(index.column("num_tokens_uncut").max()) for index in indexes)
     edges = length_edges(settings.seq_length, longest)
     ledgers = [index.ledger() for index in indexes]
@@ -186,6 +191,8 @@ def check_data(
         seconds=seconds,
         num_workers=num_workers,
         reused=not again,
+        num_resumed=build.num_resumed,
+        stopped_at=build.stopped_at,
     )
 
 

@@ -1,6 +1,7 @@
 """The report of ``mmlm data check``: text for the terminal, JSON for machines, a PNG of lengths."""
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -43,13 +44,14 @@ def format_report(report: CheckReport) -> str:
     if report.reused:
         judged += "(--reuse: those that were not judged before)"
     else:
-        rate = total.num_records / max(report.seconds, 1e-9)
+        rate = (total.num_records - report.num_resumed) / max(report.seconds, 1e-9)
         judged += f"in {report.seconds:.1f} s, {rate:,.0f} a second"
     lines = [
         f"mmlm data check  {report.meta}",
         f"tokenizer   {report.tokenizer}; cut at {settings.seq_length} tokens; pictures of "
         f"{settings.image_size} pixels take {settings.embeddings_per_image} tokens",
         f"{judged}; {report.num_workers} processes",
+        *_resumed(report),
         "",
         _table([_row(summary) for summary in (*report.sets, total)]),
         "",
@@ -126,6 +128,8 @@ def to_json(report: CheckReport, policy: str) -> dict[str, Any]:
         "num_dropped": dropped,
         "seconds": report.seconds,
         "reused": report.reused,
+        "num_resumed": report.num_resumed,
+        "stopped_at": report.stopped_at,
         "num_workers": report.num_workers,
         "length_edges": list(report.length_edges),
         "sets": [_summary_json(summary) for summary in report.sets],
@@ -186,6 +190,19 @@ def draw_lengths(report: CheckReport, file: Path) -> None:
     figure.supxlabel("tokens before the cut; red: longer than the cut", fontsize=9)
     figure.supylabel("records", fontsize=9)
     figure.savefig(file, dpi=100)
+
+
+def _resumed(report: CheckReport) -> list[str]:
+    if report.stopped_at is None:
+        return []
+    return [
+        f"resumed     {report.num_resumed:,} of them were judged by a check that was stopped at "
+        f"{_local_time(report.stopped_at)}; a picture that changed since is not seen"
+    ]
+
+
+def _local_time(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def _row(summary: Summary) -> tuple[str, ...]:

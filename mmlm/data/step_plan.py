@@ -24,14 +24,17 @@ Microbatch = tuple[Row, ...]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SampleTable:
-    """Sizes of all samples; the columns are indexed by sample id."""
+    """Sizes of all samples; the columns are indexed by sample id.
+
+    Sizes are int32 as `mmlm.data.dataset` makes them; wider integers do as well.
+    """
 
     num_tokens: IntArray
-    """int64 [samples]: tokens after the cut."""
+    """int32 [samples]: tokens after the cut."""
     num_images: IntArray
-    """int64 [samples]: pictures after the cut."""
+    """int32 [samples]: pictures after the cut."""
     num_supervised_tokens: IntArray
-    """int64 [samples]: labels that are trained on."""
+    """int32 [samples]: labels that are trained on."""
     usable: IntArray
     """int64 [usable samples], ascending: ids of the samples that break no rule."""
 
@@ -57,7 +60,8 @@ class StepPlan:
     num_images: int
     """Their pictures."""
     num_computed_tokens: int
-    """The same with padding: what goes through the decoder."""
+    """`num_tokens` and what fills rows up to the longest of their microbatch, if `pads_rows`. What
+    is added for other reasons (a multiple of TP, a row without samples) is not counted."""
     pads_rows: bool
     """Whether the rows of a microbatch are padded to its longest, which packed ones are not."""
     seq_length: int
@@ -80,7 +84,7 @@ class StepPlan:
 
     @property
     def padding_share(self) -> float:
-        """Share of the computed tokens that is padding."""
+        """Share of `num_computed_tokens` that fills rows up; 0 where samples are packed."""
         return 1.0 - self.num_tokens / self.num_computed_tokens
 
 

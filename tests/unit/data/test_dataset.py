@@ -123,6 +123,21 @@ def test_an_edit_of_the_same_size_is_noticed(
         dataset.record(0)
 
 
+def test_an_edit_that_keeps_size_and_time_is_noticed_by_the_number_of_tokens(
+    tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings
+) -> None:
+    file = tmp_path / "a.jsonl"
+    meta = write_sets(tmp_path, a=(1, talks(3)))
+    dataset = open_dataset(meta, tokenizer, settings, cache_dir=tmp_path / "cache")
+    before = file.stat()
+    file.write_text(file.read_text().replace("aaa", "the"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    num_tokens = dataset.table.num_tokens[0]
+    message = rf"a\.jsonl:1: \d+ tokens where the length index has {num_tokens}; .*start again"
+    with pytest.raises(DataError, match=message):
+        dataset.sample(0, seed=0, epoch=0, with_pixels=False)
+
+
 def test_everything_that_is_not_used_as_it_stands_is_in_the_ledger_once(
     tmp_path: Path, tokenizer: Tokenizer, settings: SampleSettings
 ) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmlm.data import index_build, measuring
 from mmlm.data.annotation import AnnotationSet, parse_record, read_line, read_meta
-from mmlm.data.index_build import build_index, build_indexes
+from mmlm.data.index_build import build_index, build_indexes, run_build
 from mmlm.data.length_index import SetIndex, load_index
 from mmlm.data.rejection import Reason
 from mmlm.data.sample import SampleSettings, measure
@@ -249,6 +249,22 @@ def _num_lines(cache: Path) -> int:
     return sum(file.read_bytes().count(b"\n") for file in cache.glob("*.partial"))
 
 
+def stop(
+    entry: AnnotationSet,
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Measure everything, keep no index, and return the file of what was measured."""
+    with monkeypatch.context() as patch:
+        patch.setattr(index_build, "write_index", never)
+        with pytest.raises(AssertionError):
+            build(entry, tokenizer, settings, cache, again=True)
+    (partial,) = cache.glob("*.partial")
+    return partial
+
+
 def test_pictures_that_were_broken_before_a_kill_are_looked_at_after_it(
     tiny: AnnotationSet,
     tokenizer: Tokenizer,
@@ -257,13 +273,11 @@ def test_pictures_that_were_broken_before_a_kill_are_looked_at_after_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache"
-    monkeypatch.setattr(index_build, "write_index", never)
-    with pytest.raises(AssertionError):  # everything is measured, and nothing is kept
-        build(tiny, tokenizer, settings, cache)
-    monkeypatch.undo()
+    stop(tiny, tokenizer, settings, cache, monkeypatch)
     Image.new("RGB", (20, 20)).save(tmp_path / "gone.png")
-    index = build(tiny, tokenizer, settings, cache)
-    assert [entry.line for entry in index.exclusions()] == [4, 6, 7, 8]
+    result = run_build([tiny], tokenizer, settings, cache, num_workers=1, again=True)
+    assert [entry.line for entry in result.indexes[0].exclusions()] == [4, 6, 7, 8]
+    assert result.num_resumed == 8 - 2
 
 
 def test_a_build_that_only_lacked_its_end_is_ended(
@@ -274,13 +288,51 @@ def test_a_build_that_only_lacked_its_end_is_ended(
 ) -> None:
     entry = read_meta(write_set(tmp_path, [{"conversations": conversation("q", "a")}]))[0]
     cache = tmp_path / "cache"
-    monkeypatch.setattr(index_build, "write_index", never)
-    with pytest.raises(AssertionError):
-        build(entry, tokenizer, settings, cache)
-    monkeypatch.undo()
+    stop(entry, tokenizer, settings, cache, monkeypatch)
     monkeypatch.setattr(measuring, "measure", never)
     assert build(entry, tokenizer, settings, cache).num_usable == 1
     assert not list(cache.glob("*.partial"))
+
+
+def test_what_two_builders_measured_counts_once(
+    tiny: AnnotationSet,
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    partial = stop(tiny, tokenizer, settings, tmp_path / "cache", monkeypatch)
+    partial.write_bytes(partial.read_bytes() * 2)
+    index = build(tiny, tokenizer, settings, tmp_path / "cache")
+    alone = build(tiny, tokenizer, settings, tmp_path / "alone")
+    assert index.ledger() == alone.ledger() and len(index.ledger()) == 6
+    np.testing.assert_array_equal(index.rows, alone.rows)
+
+
+@pytest.mark.parametrize("hours", [1, 7])
+def test_a_check_says_what_it_takes_from_one_that_was_stopped_and_takes_nothing_old(
+    hours: int,
+    tokenizer: Tokenizer,
+    settings: SampleSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache, picture = tmp_path / "cache", tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    talk = conversation("q", "a")
+    entries = [{"image": "a.png", "conversations": talk}, {"conversations": talk}]
+    entry = read_meta(write_set(tmp_path, entries))[0]
+    build(entry, tokenizer, settings, cache)
+    partial = stop(entry, tokenizer, settings, cache, monkeypatch)
+    stopped_at = round(time.time()) - hours * 3600
+    os.utime(partial, (stopped_at, stopped_at))
+    build(entry, tokenizer, settings, cache)  # a training in between
+    picture.unlink()
+    result = run_build([entry], tokenizer, settings, cache, num_workers=1, again=True)
+    taken = (2, stopped_at) if hours == 1 else (0, None)
+    assert (result.num_resumed, result.stopped_at) == taken
+    assert result.indexes[0].column("usable").tolist() == [hours == 1, 1]
+    assert not partial.exists()
 
 
 def test_again_measures_what_there_is_already(

@@ -30,10 +30,11 @@ def chunk(*lines: int) -> Measured:
 
 def test_chunks_come_back_as_they_were_written(tmp_path: Path) -> None:
     progress = ProgressFile(tmp_path / "a.partial")
-    assert progress.read() == []
+    assert progress.read() == [] and progress.stopped_at() is None
     chunks = [chunk(4, 5), chunk(1)]
     for each in chunks:
         progress.append(each)
+    assert progress.stopped_at() == progress.path.stat().st_mtime
     for found, each in zip(progress.read(), chunks, strict=True):
         np.testing.assert_array_equal(found.rows, each.rows)
         assert found.entries == each.entries

@@ -1,6 +1,7 @@
 """What the check counts: by hand on small sets, and against the records themselves."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from mmlm.data import index_build
 from mmlm.data.annotation import AnnotationSet
 from mmlm.data.dataset import Dataset
 from mmlm.data.preflight import CheckReport, check_data, length_edges
@@ -148,6 +150,23 @@ def test_pictures_are_judged_again_unless_asked_not_to(tmp_path: Path, check: An
     (tmp_path / "a.png").write_bytes(b"")
     assert not check(meta, again=False).exclusions
     assert len(check(meta).exclusions) == 1
+
+
+def test_what_a_stopped_check_has_judged_is_told_apart(
+    tmp_path: Path, check: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    meta = write_sets(tmp_path, a=[talk(1), talk(2)], b=[talk(3)])
+    with monkeypatch.context() as patch:
+        patch.setattr(index_build, "write_index", stop)
+        with pytest.raises(KeyboardInterrupt):  # when all of set a is judged
+            check(meta)
+    report = check(meta)
+    assert (report.num_resumed, report.total.num_records) == (2, 3)
+    assert report.stopped_at is not None and abs(report.stopped_at - time.time()) < 600
+    assert check(meta).num_resumed == 0
 
 
 @pytest.mark.parametrize(

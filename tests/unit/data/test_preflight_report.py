@@ -1,6 +1,8 @@
 """The report as people and machines read it, and a folder that cannot be written."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,20 @@ def test_the_text_has_a_row_a_set_and_the_notes(report: CheckReport) -> None:
     assert any("ids         set '长 $x$': 1 ids in 2 records, e.g. '1' at" in x for x in lines)
     assert any("ids         in more than one set: 1 ids in 2 records" in x for x in lines)
     assert all(len(line) < 200 for line in lines if "ids  " not in line)
+
+
+def test_records_of_a_stopped_check_are_named_and_no_part_of_the_rate(report: CheckReport) -> None:
+    assert "resumed" not in format_report(report)
+    assert (report.num_resumed, report.stopped_at) == (0, None)
+    noon = time.mktime((2024, 5, 6, 12, 0, 0, 0, 0, -1))
+    found = replace(report, num_resumed=6, stopped_at=noon, seconds=2.0)
+    text, content = format_report(found), to_json(found, "strict")
+    assert "judged      10 records of 2 sets in 2.0 s, 2 a second" in text
+    assert (
+        "resumed     6 of them were judged by a check that was stopped at 2024-05-06 12:00:00; a "
+        "picture that changed since is not seen"
+    ) in text.splitlines()
+    assert (content["num_resumed"], content["stopped_at"]) == (6, noon)
 
 
 def test_the_verdict_depends_on_the_policy(report: CheckReport) -> None:
