@@ -93,25 +93,10 @@ def plan_vocabulary(tokenizer_dir: Path, vocab_size: int) -> VocabularyPlan:
     )
 
 
-def grow_embedding(weight: Tensor, plan: VocabularyPlan, seed: int) -> Tensor:
-    """Append rows ~ N(0, 0.02) to an embedding [old_size, h]; its dtype stays."""
-    if not plan.num_new_rows:
-        return weight
-    return torch.cat((weight, new_embedding_rows(plan, weight.shape[1], seed).to(weight.dtype)))
-
-
 def new_embedding_rows(plan: VocabularyPlan, width: int, seed: int) -> Tensor:
     """fp32 rows [new, width] ~ N(0, 0.02)."""
     generator = torch.Generator().manual_seed(seed)
     return EMBEDDING_STD * torch.randn(plan.num_new_rows, width, generator=generator)
-
-
-def grow_head(weight: Tensor, plan: VocabularyPlan) -> Tensor:
-    """Append the mean of all old rows to a head [old_size, h]; its dtype stays."""
-    if not plan.num_new_rows:
-        return weight
-    mean = mean_of_rows(lambda rows: weight[rows], weight.shape[0]).to(weight.dtype)
-    return torch.cat((weight, mean.expand(plan.num_new_rows, -1)))
 
 
 def mean_of_rows(read: Callable[[slice], Tensor], num_rows: int) -> Tensor:

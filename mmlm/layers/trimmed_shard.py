@@ -10,7 +10,10 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedTensorFactory,
+)
 
 
 def trimmed_factory(
@@ -32,9 +35,9 @@ def trimmed_factory(
 
     def build(
         key: str, data: torch.Tensor, replica_id: Any, flattened_range: None
-    ) -> list[ShardedTensor]:
-        if length == 0:
-            return []
+    ) -> list[ShardedTensor | LocalNonpersistentObject]:
+        if length == 0:  # megatron-core forgets an empty list, and then has nothing to merge
+            return [LocalNonpersistentObject(None)]
         block = data.narrow(dim, 0, length)
         shape, offset = list(block.shape), [0] * block.dim()
         shape[dim], offset[dim] = global_length, global_offset
@@ -51,10 +54,10 @@ def trimmed_factory(
             )
         ]
 
-    def merge(blocks: list[torch.Tensor]) -> torch.Tensor:
-        if not blocks:
+    def merge(blocks: list[Any]) -> torch.Tensor:
+        (block,) = blocks
+        if block is None:
             return torch.zeros(padded_shape, dtype=whole.dtype)
-        block = blocks[0]
         padded = torch.zeros(padded_shape, dtype=block.dtype, device=block.device)
         padded.narrow(dim, 0, length).copy_(block)
         return padded

@@ -47,3 +47,26 @@ def test_the_exported_llm_is_a_llama(tmp_path, write_tiny_parts):
         for folder in (parts, out)
     ]
     assert torch.equal(*logits)
+    # and out of the combined folder, as InternVLChatModel takes it from there
+    config = json.loads((out / "config.json").read_text())["llm_config"]
+    prefix = "language_model."
+    weights = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in read_model_files(out).items()
+        if name.startswith(prefix)
+    }
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    llama.load_state_dict(weights)
+    assert torch.equal(llama(ids).logits, logits[0])
+    tokenizer = transformers.LlamaTokenizer.from_pretrained(out)
+    assert len(tokenizer) == config["vocab_size"]
+    generation = transformers.GenerationConfig.from_pretrained(out)
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+
+
+def test_generation_settings_of_the_llm_are_kept(tmp_path, write_tiny_parts):
+    parts = write_tiny_parts()
+    (parts / "llm/generation_config.json").write_text('{"eos_token_id": 7}')
+    convert_in(parts, tmp_path / "ckpt")
+    out = megatron_to_hf(load=tmp_path / "ckpt", output=tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": 7}

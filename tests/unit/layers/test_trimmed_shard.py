@@ -31,7 +31,7 @@ def blocks(state: dict) -> list[ShardedTensor]:
     """What megatron-core writes for a state."""
     state = dict(state)
     apply_factories(state)
-    return state["weight"]
+    return [block for block in state["weight"] if isinstance(block, ShardedTensor)]
 
 
 def shard(whole: torch.Tensor, dim: int, partition: HeadPartition, rank: int) -> torch.Tensor:
@@ -64,7 +64,8 @@ def test_one_tp_size_reads_what_another_wrote(dim: int, written_by: int, read_by
     for rank in range(read_by):
         expected = shard(true, dim, readers, rank)
         state = describe(torch.full_like(expected, 7.0), dim, readers, rank)
-        loaded = {"weight": [on_disk[block.global_slice()] for block in blocks(state)]}
+        # of a rank without true heads, megatron-core keeps the None that stands for its block
+        loaded = {"weight": [on_disk[block.global_slice()] for block in blocks(state)] or [None]}
         assert torch.equal(apply_factory_merges(loaded, state)["weight"], expected)
 
 
