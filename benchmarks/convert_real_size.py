@@ -23,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -147,6 +148,7 @@ class Timing:
     """One command."""
 
     seconds: float
+    cpu_seconds: float
     peak_bytes: int
     """Largest resident memory of its process."""
 
@@ -162,20 +164,38 @@ def timed(reads: Path, writes: Path, *command: object) -> Timing:
     for file in _files(reads):
         _sync(file, forget=True)
     began = time.perf_counter()
-    words = [str(word) for word in command]
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=_environment())
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"{command}: exit status {process.returncode}")
+    status, _, usage = run(*command)
+    if status:
+        raise RuntimeError(f"{command}: exit status {status}")
     for file in _files(writes):
         _sync(file, forget=False)
-    return Timing(seconds=time.perf_counter() - began, peak_bytes=usage.ru_maxrss * 1024)
+    return Timing(seconds=time.perf_counter() - began, **usage)
 
 
-def _environment() -> dict[str, str]:
-    """That of this process, in which the tools find the package of this folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+RUNNER = """
+import json, os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+with open(sys.argv[1], "w") as file:
+    json.dump({
+        "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_bytes": 1024 * usage.ru_maxrss
+    }, file)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Between this process and the command: a process begins with the peak memory of its parent, which
+here has held the weights."""
+
+
+def run(*command: object) -> tuple[int, str, dict[str, Any]]:
+    """Run a command: exit status, what it printed, its CPU seconds and its peak memory."""
+    with tempfile.NamedTemporaryFile("r") as file:
+        words = [sys.executable, "-c", RUNNER, file.name, *map(str, command)]
+        # the tools find the package of this folder
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.run(
+            words, stdout=subprocess.PIPE, text=True, env=environment, check=False
+        )
+        return process.returncode, process.stdout, json.load(file)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -258,18 +278,13 @@ def run_case(folder: Path, case: Case) -> dict[str, Any]:
 
 
 def _verify(source: Path, option: str, other: Path) -> dict[str, Any]:
-    command = [sys.executable, str(TOOLS / "verify.py"), "--hf", str(source), option, str(other)]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
-    assert process.stdout is not None
-    text = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
+    status, text, usage = run(sys.executable, TOOLS / "verify.py", "--hf", source, option, other)
     return {
-        "same": process.returncode == 0,
+        "same": status == 0,
         "text": text.replace(str(source.parent), "").strip().splitlines(),
         "seconds": time.perf_counter() - began,
-        "peak_bytes": usage.ru_maxrss * 1024,
+        **usage,
     }
 
 
@@ -290,17 +305,18 @@ def as_markdown(cases: list[dict[str, Any]], place: str) -> str:
             "",
             f"## {case['title']}: {case['num_tensors']} tensors, {size:.2f} GB",
             "",
-            "| | seconds | GB/s | `cp` before, after, s | of `cp` | peak memory, MB | bar, MB "
-            "| bars |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | seconds | of them CPU | GB/s | `cp` before, after, s | of `cp` | peak memory, MB "
+            "| bar, MB | bars |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for way, title in (("in", "HuggingFace → checkpoint"), ("out", "checkpoint → HuggingFace")):
             each = case[way]
             before, after = each["copy_seconds"]
             lines.append(
-                f"| {title} | {each['seconds']:.1f} | {each['rate'] / 1e9:.3f} | {before:.1f}, "
-                f"{after:.1f} | {each['ratio']:.2f} | {each['peak_bytes'] / 1e6:.0f} | "
-                f"{each['memory_bar'] / 1e6:.0f} | {_word(each['passed'])} |"
+                f"| {title} | {each['seconds']:.1f} | {each['cpu_seconds']:.1f} | "
+                f"{each['rate'] / 1e9:.3f} | {before:.1f}, {after:.1f} | {each['ratio']:.2f} | "
+                f"{each['peak_bytes'] / 1e6:.0f} | {each['memory_bar'] / 1e6:.0f} | "
+                f"{_word(each['passed'])} |"
             )
         lines.append("")
         for title, each in zip(

@@ -43,7 +43,7 @@ def test_a_case_at_a_small_size(tmp_path: Path) -> None:
     found = run_case(tmp_path, SMALL[0])
     for way in ("in", "out"):
         assert found[way]["rate"] > 0 and found[way]["ratio"] > 0
-        assert found[way]["peak_bytes"] > 50e6
+        assert 50e6 < found[way]["peak_bytes"] < 600e6
     assert [each["same"] for each in found["verify"]] == [True, True]
     assert found["verify"][1]["text"][-1].startswith("the same: 43 of 43 tensors")
     assert not list(tmp_path.iterdir())
@@ -67,13 +67,22 @@ def test_bars(
     def timed(reads: Path, writes: Path, *command: Any) -> convert_real_size.Timing:
         is_copy = command[0] == "cp"
         return convert_real_size.Timing(
-            seconds=10.0 if is_copy else seconds, peak_bytes=int(peak_bytes)
+            seconds=10.0 if is_copy else seconds, cpu_seconds=1.0, peak_bytes=int(peak_bytes)
         )
 
     monkeypatch.setattr(convert_real_size, "timed", timed)
     found = convert(SMALL[0], tmp_path / "in", tmp_path, "tool.py")
     assert found["passed"] is passed
     assert found["ratio"] == pytest.approx(10 / seconds)
+
+
+def test_memory_is_that_of_the_command_alone() -> None:
+    """Also where this process has more, and has had much more."""
+    assert len(bytes(400_000_000)) == 400_000_000
+    status, text, usage = convert_real_size.run("bash", "-c", "echo said; exit 3")
+    assert (status, text) == (3, "said\n")
+    assert 1e6 < usage["peak_bytes"] < 30e6
+    assert usage["cpu_seconds"] < 5
 
 
 def test_a_command_that_fails_is_an_error(tmp_path: Path) -> None:
