@@ -174,7 +174,7 @@ def build_chunks(
         num_bytes = load_hf_weights(chunks, topology.groups, weights, progress=show)
         if show:
             get_logger().info(
-                f"rank 0 read {num_bytes / 1e9:.1f} of the {weights.reader.num_bytes / 1e9:.1f} GB "
+                f"rank 0 read {num_bytes / 1e9:.3g} of the {weights.reader.num_bytes / 1e9:.3g} GB "
                 f"in {start.hf_dir}"
             )
     elif start.checkpoint is None:
