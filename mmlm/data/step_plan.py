@@ -2,8 +2,10 @@
 
 A global batch is a number of samples. Each epoch has its own order; its last batch is completed
 from the start of the epoch, as published, so every sample comes once and up to a batch of them
-twice. Nothing is remembered between calls, so a run resumes exactly
-under any layout, data-parallel size and number of workers.
+twice. Nothing is remembered between calls, so a run resumes exactly under any layout,
+data-parallel size and number of workers: the samples of every iteration, their order, weights and
+augmentation. Their packs are the same where the data-parallel size (and, with virtual stages, what
+the number of microbatches must be a multiple of) is: the number of rows is a multiple of it.
 """
 
 import math

@@ -3,6 +3,7 @@
 import importlib.metadata
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import apply_factories, is_main_re
 
 from mmlm.config.schema import RunConfig
 from mmlm.data.dataset import Dataset
-from mmlm.data.ledger import count_entries, describe_counts
+from mmlm.data.ledger import LEDGER_FILE, count_entries, describe_counts
 from mmlm.data.planners import TrainPlanner
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.models.model_provider import PARTS, model_state
@@ -133,7 +134,7 @@ def _data_lines(config: RunConfig, dataset: Dataset, planner: TrainPlanner) -> l
         entry = index.annotation_set
         lines.append(f"  {entry.name:<52}{index.num_usable * entry.repeats:>9,} samples")
     counts = count_entries(dataset.ledger())
-    where = f"; see {dataset.ledger_file}" if counts else ""
+    where = f"; see {Path(config.output_dir) / LEDGER_FILE}" if counts else ""
     lines.append(f"ledger      {describe_counts(counts)}{where}")
     first = planner.plan(0)
     lines.append(

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
 from mmlm.config.schema import RunConfig
 from mmlm.data.dataset import Dataset
+from mmlm.data.ledger import LEDGER_FILE
 from mmlm.data.loader import BatchLoader
 from mmlm.data.packing import packing_cost
 from mmlm.data.planners import TrainPlanner
@@ -141,6 +143,9 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
     def announce() -> None:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         write_resolved(config, Path(config.output_dir) / "config.json")
+        if dataset.ledger_file is not None and dataset.ledger_file.is_file():
+            # a run of other settings may share the cache, and writes its own there
+            shutil.copyfile(dataset.ledger_file, Path(config.output_dir) / LEDGER_FILE)
         get_logger().info(
             describe_run(
                 config, start, topology, backend, state.plan, counts, dataset, planner, train_iters

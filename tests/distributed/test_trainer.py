@@ -25,6 +25,7 @@ from mmlm.config.schema import (
 )
 from mmlm.conversion.convert import hf_to_megatron, megatron_to_hf
 from mmlm.data.dataset import open_dataset
+from mmlm.data.ledger import LEDGER_FILE
 from mmlm.data.sample import SampleSettings
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import ConfigError
@@ -141,6 +142,8 @@ def test_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert (latest / "hf_assets" / "tokenizer.model").is_file()
     board = EventAccumulator(str(uninterrupted / "tensorboard"))
     board.Reload()
+    ledger = (uninterrupted / LEDGER_FILE).read_text().splitlines()
+    assert "repaired" in {json.loads(line)["action"] for line in ledger}
     repaired = board.Scalars("data_ledger/repaired/placeholder_inserted")
     assert [event.step for event in repaired] == [0] and repaired[0].value > 0
     assert json.loads((uninterrupted / "config.json").read_text())["train"]["seed"] == 42
