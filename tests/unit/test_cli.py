@@ -160,6 +160,7 @@ def test_other_ranks_print_only_what_rank_zero_may_not_know(
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     if error is not None:
+
         def fail(options: object) -> int:
             raise error
 
