@@ -348,6 +348,7 @@ def main() -> int:
             else f"{needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free"
         )
     options.folder.mkdir()
+    load = os.getloadavg()[0]
     try:
         cases = [run_case(options.folder, case) for case in CASES]
     finally:
@@ -356,7 +357,7 @@ def main() -> int:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
     place = (
         f"{platform.machine()}, {cores} cores, {memory:.0f} GB of memory, Python "
-        f"{platform.python_version()}"
+        f"{platform.python_version()}, load average {load:.1f} at the start"
     )
     text = as_markdown(cases, place)
     print(text)

@@ -20,8 +20,8 @@ from mmlm.data.tokenizer import NEW_TOKENS
 EMBEDDING_SUFFIX = "model.embed_tokens.weight"
 HEAD_SUFFIX = "lm_head.weight"
 
-_CHUNK_BYTES = 32_000_000
-"""What is compared at a time, of each side."""
+_CHUNK_BYTES = 4 * 2**20
+"""What is compared at a time, of each side; larger blocks are mapped anew each time."""
 
 
 @dataclass(kw_only=True)
