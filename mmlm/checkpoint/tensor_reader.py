@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from mmlm.checkpoint.places import Place, read_rows, read_whole
+from mmlm.checkpoint.places import Place, announce_reading, read_rows, read_whole
 from mmlm.checkpoint.storage import TensorInfo, read_metadata
 from mmlm.checkpoint.torch_files import PlaceFinder
 from mmlm.errors import CheckpointError
@@ -109,6 +109,8 @@ class TensorReader:
             last = min(stop, piece.offsets[0] + piece.sizes[0])
             if first < last:
                 place = self._place(key, piece)
+                if first == piece.offsets[0]:
+                    announce_reading(self._stream(piece.file).fileno(), place)
                 by = piece.offsets[0]
                 descriptor = self._stream(piece.file).fileno()
                 columns = (

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mmlm.checkpoint.places import Place, read_rows, read_whole
+from mmlm.checkpoint.places import Place, announce_reading, read_rows, read_whole
 from mmlm.checkpoint.torch_files import is_zip, named_places, refuse_other_content
 from mmlm.conversion.rules import Shape
 from mmlm.conversion.safetensors_file import loads_unique, safetensors_places
@@ -141,6 +141,8 @@ class _PlacedFile:
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         place = self._places[name]
+        if start == 0:
+            announce_reading(self._descriptor, place)
         if place.is_contiguous:
             return read_rows(self._descriptor, place, start, stop)
         if self._scattered is None or self._scattered[0] != name:
