@@ -12,7 +12,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-
 CALL_BYTES = 256 * 2**10
 """Read or written by one system call. Calls of 4 MiB cost four times as much system time, measured
 on ext4 and Linux 6."""
