@@ -6,14 +6,14 @@
 The plain loop decodes JPEGs with Pillow, resizes them, and tokenizes the conversation with
 SentencePiece: no template, no labels, no batches. The loader gives whole batches: a worker decodes,
 resizes and sends, the consuming process tokenizes, normalises and lays out. Both run in turns in
-one call, on the same files, each in a process of its own; exit status 1 if a worker is slower than
-0.95 of the loop.
+one call, on the same files, each in a process of its own; exit status 1 if, by the clock, a worker
+is slower than 0.95 of the loop.
 
-Samples a second are given by the clock, and for each second of the worker's processor time. The
-first needs a free core for the worker and one for the consumer; the second holds on a busy machine
-too, and is what the bar is for.
+Samples a second are given by the clock, which needs a free core for the worker and one for the
+consumer, and for each second of the worker's processor time, which holds on a busy machine too.
 
-Also measured: how long the first batch of iteration 0 and of iteration 100 000 takes.
+Also measured: the processor time of the consuming process, and how long the first batch of
+iteration 0 and of iteration 100 000 takes.
 """
 
 import argparse
@@ -92,6 +92,8 @@ class Rate:
     by_clock: float
     by_processor: float
     """For each second of processor time of the plain loop or the worker."""
+    consumer_seconds: float = 0.0
+    """Processor time of the consuming process, all threads, a sample."""
 
 
 def plain_loop(folder: Path, sample_ids: Sequence[int]) -> Rate:
@@ -156,6 +158,7 @@ def loader_rate(dataset: Dataset, planner: TrainPlanner, num_iterations: int) ->
             for child in psutil.Process(os.getpid()).children()
             if "spawn_main" in " ".join(child.cmdline())
         ]
+        consumed = time.process_time()
         began, used = time.perf_counter(), sum(worker.cpu_times()[:2])
         count = 0
         for iteration in range(1, num_iterations):
@@ -164,6 +167,7 @@ def loader_rate(dataset: Dataset, planner: TrainPlanner, num_iterations: int) ->
         rate = Rate(
             by_clock=count / (time.perf_counter() - began),
             by_processor=count / (sum(worker.cpu_times()[:2]) - used),
+            consumer_seconds=(time.process_time() - consumed) / count,
         )
         return rate, worker.memory_info().rss
 
@@ -256,12 +260,15 @@ def as_markdown(report: dict[str, Any]) -> str:
         values = [entry[way][rate] for rate in RATES for way in ("plain", "loader")]
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values) + " |")
     by_clock, by_processor = (report["ratios"][name] for name in RATES)
-    verdict = "is met" if by_processor >= BAR else "is **not** met"
+    verdict = "is met" if by_clock >= BAR else "is **not** met"
     first, planned = report["first_batch_seconds"], report["first_plan_seconds"]
     lines += [
         "",
-        f"Ratio of the medians: {by_clock:.3f} by the clock, {by_processor:.3f} by processor time; "
-        f"the bar of {BAR} {verdict}. A worker holds {report['worker_rss_bytes'] / 2**20:.0f} MiB.",
+        f"Ratio of the medians: {by_clock:.3f} by the clock (the bar of {BAR} {verdict}), "
+        f"{by_processor:.3f} by processor time. A worker holds "
+        f"{report['worker_rss_bytes'] / 2**20:.0f} MiB. The consuming process spends "
+        f"{report['medians']['loader']['consumer_seconds'] * 1e3:.1f} ms of processor time a "
+        "sample to receive, tokenize, normalise and lay out.",
         "",
         f"First batch of {BATCH} samples at iteration 0: {first[0]:.2f} s, at iteration 100 000: "
         f"{first[100_000]:.2f} s. First plan of 1 267 819 samples: {planned[0]:.2f} s and "
@@ -282,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     output.with_suffix(".md").write_text(as_markdown(report), encoding="utf-8")
     print(as_markdown(report))
-    return 0 if report["ratios"]["by_processor"] >= BAR else 1
+    return 0 if report["ratios"]["by_clock"] >= BAR else 1
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def arrays_of(
         assert look.images is not None, "looked at with pixels"
         pixels = np.empty((tokens.num_images, 3, image_size, image_size), dtype=np.float32)
         for slot, image in enumerate(look.images):
-            pixels[slot] = normalise(image)
+            normalise(image, out=pixels[slot])
         yield "pixel_values", pixels
 
 

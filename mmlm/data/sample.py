@@ -317,7 +317,7 @@ def build_sample(
             record, annotation_set, num_images, size, sample_id=sample_id, seed=seed, epoch=epoch
         )
         for slot, image in enumerate(images):
-            pixel_values[slot] = normalise(image)
+            normalise(image, out=pixel_values[slot])
     return Sample(
         sample_id=sample_id,
         input_ids=tokens.input_ids,
