@@ -6,6 +6,7 @@ from dataclasses import replace
 from mmlm.commands.recipe_arguments import Commands, add_recipe_arguments
 from mmlm.config.checks import check_run
 from mmlm.config.load import apply_overrides, load_recipe
+from mmlm.train.stop import Stopper
 
 EPILOG = """\
 examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has made):
@@ -57,13 +58,14 @@ def run_train(options: argparse.Namespace) -> int:
         checkpoint = replace(checkpoint, export_hf_interval=options.export_hf_every)
     config = replace(config, checkpoint=checkpoint)
     check_run(config)
-    # imported here: --help and configuration errors need no megatron
-    from mmlm.parallel import topology
-    from mmlm.parallel.backend import resolve_backend
-    from mmlm.train.trainer import train
+    # imported inside: --help and configuration errors need no megatron, signals are heard before
+    with Stopper(config.train.exit_duration_minutes) as stopper:
+        from mmlm.parallel import topology
+        from mmlm.parallel.backend import resolve_backend
+        from mmlm.train.trainer import train
 
-    backend = resolve_backend(config.backend, config.train.dtype)
-    place = topology.initialize(config.parallel)
-    train(config, place, backend)
-    topology.destroy()
+        backend = resolve_backend(config.backend, config.train.dtype)
+        place = topology.initialize(config.parallel)
+        train(config, place, backend, stopper)
+        topology.destroy()
     return 0

@@ -169,6 +169,16 @@ class TrainConfig:
     """The same for the decoder. It saves memory and costs time."""
     eval_interval: int = 0
     """Iterations between held-out evaluations; 0 means never."""
+    exit_duration_minutes: float = 0.0
+    """Minutes from the start of the command after which the run is saved and ends; 0: never."""
+    max_nonfinite_iterations: int = 3
+    """Iterations in a row whose loss or gradient norm is not finite (each changes nothing) after
+    which the run stops."""
+    loss_spike_factor: float = 8.0
+    """A loss this many robust standard deviations above the median of the last iterations is logged
+    with its samples; 0: never."""
+    loss_spike_window: int = 100
+    """How many last iterations are what is usual for the loss."""
 
     def __post_init__(self) -> None:
         frozen = (
@@ -209,7 +219,19 @@ class TrainConfig:
                     self.train_iters is None or self.train_iters >= 1
                 ),
                 f"epochs {self.epochs} must be at least 1": self.epochs >= 1,
+                f"exit_duration_minutes {self.exit_duration_minutes} must be at least 0": (
+                    self.exit_duration_minutes >= 0
+                ),
                 f"seed {self.seed} must be at least 0": self.seed >= 0,
+                f"max_nonfinite_iterations {self.max_nonfinite_iterations} must be at least 1": (
+                    self.max_nonfinite_iterations >= 1
+                ),
+                f"loss_spike_factor {self.loss_spike_factor} must be at least 0": (
+                    self.loss_spike_factor >= 0
+                ),
+                f"loss_spike_window {self.loss_spike_window} must be at least 20": (
+                    self.loss_spike_window >= 20
+                ),
             },
         )
 

@@ -14,8 +14,9 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
 
@@ -29,6 +30,9 @@ from mmlm.errors import DataError, MmlmError
 _MAX_SENT = 4
 """Samples that a worker is asked about before it has answered; the rest wait in this process."""
 
+
+_TRAINERS_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C and requests to stop are the trainer's to handle; it ends its workers by SIGKILL."""
 
 Pictures = tuple[ByteArray, ...]
 """uint8 [S, S, 3] each: the pictures of a sample before normalising."""
@@ -124,7 +128,8 @@ class _Worker:
         self._process = context.Process(
             target=_serve, args=(theirs, theirs_begun, dataset), daemon=True
         )
-        self._process.start()
+        with _signals_held_back():  # torchrun sends its own to the whole group of processes
+            self._process.start()
         theirs.close()  # so that its death is the end of the pipe
         theirs_begun.close()
         self._thread = threading.Thread(target=self._receive, daemon=True)
@@ -141,7 +146,7 @@ class _Worker:
         return future
 
     def close(self) -> None:
-        self._process.terminate()
+        self._process.kill()
         self._process.join()
         self._thread.join()
         self._connection.close()
@@ -166,7 +171,7 @@ class _Worker:
             self._look_what_was_begun()
         except BaseException as error:
             failure = error
-            self._process.terminate()
+            self._process.kill()
         finally:
             with self._lock:
                 self._is_dead = True
@@ -231,7 +236,9 @@ def _serve(connection: Connection, begun: Connection, dataset: Dataset) -> None:
         begun: the id of each sample goes out when it is begun; pictures may be late, this is not.
         dataset: where samples come from.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's to handle
+    for number in _TRAINERS_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _TRAINERS_SIGNALS)
     _in_a_thread(_follow_parent)
     outbox: queue.SimpleQueue[Pictures | BaseException] = queue.SimpleQueue()
     _in_a_thread(partial(_send_all, connection, outbox))
@@ -267,6 +274,16 @@ def _follow_parent() -> None:
     assert parent is not None, "it was spawned"
     parent.join()
     os._exit(1)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process that is started in the block has them blocked, so that none ends its start."""
+    earlier = signal.pthread_sigmask(signal.SIG_BLOCK, _TRAINERS_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier)
 
 
 def _in_a_thread(function: Callable[[], None]) -> None:

@@ -1,7 +1,8 @@
 """Loss and exact match of the assistant's answers on a held-out split."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from mmlm.data.planners import EvaluationPlanner
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.parallel.topology import Topology
 from mmlm.train.forward_step import SampleScore, evaluation_forward_step
+from mmlm.train.stop import Stopper
 from mmlm.train.train_step import run_schedule
 
 
@@ -30,6 +32,7 @@ def evaluate(
     topology: Topology,
     *,
     with_pixels: bool,
+    stopper: Stopper | None = None,
 ) -> dict[str, Any]:
     """Judge every sample of a split once, without drop path; collective.
 
@@ -40,11 +43,15 @@ def evaluate(
         dataset: the split.
         topology: this rank's place.
         with_pixels: whether images enter the model on this rank.
+        stopper: what may end it early; asked before each batch.
 
     Returns:
         On rank 0 ``{"total": scores, "sets": {name: scores}}`` with ``loss`` (mean over supervised
         tokens), ``exact_match`` (share of answers whose every token is the most likely one),
         ``num_samples``, ``num_answers``, ``num_tokens``; empty on the others.
+
+    Raises:
+        StopRequested: on every rank, if `stopper` says so.
     """
     planner = EvaluationPlanner(
         table=dataset.table,
@@ -55,28 +62,40 @@ def evaluate(
         microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(sizes),
     )
-    for chunk in model:
-        chunk.eval()
     step = evaluation_forward_step(sizes, topology)
     scores: list[SampleScore] = []
-    with BatchLoader(
-        dataset,
-        planner,
-        data_parallel_rank=topology.dp_rank,
-        end_iteration=planner.num_iterations,
-        with_pixels=with_pixels,
-        num_workers=config.data.num_workers,
-        prefetch_iterations=config.data.prefetch_iterations,
-        pad_to_multiple_of=config.parallel.token_multiple,
-    ) as loader:
+    with (
+        _left_in_training(model),
+        BatchLoader(
+            dataset,
+            planner,
+            data_parallel_rank=topology.dp_rank,
+            end_iteration=planner.num_iterations,
+            with_pixels=with_pixels,
+            num_workers=config.data.num_workers,
+            prefetch_iterations=config.data.prefetch_iterations,
+            pad_to_multiple_of=config.parallel.token_multiple,
+        ) as loader,
+    ):
         rounds = range(planner.num_iterations)
         for iteration in tqdm(rounds, desc="evaluate", unit="it", disable=topology.rank > 0):
+            if stopper is not None:
+                stopper.raise_if_agreed(topology.control_group)
             _, batches = loader.batches(iteration)
             for report in run_schedule(model, step, batches, forward_only=True):
                 scores += report["samples"]
-    for chunk in model:
-        chunk.train()
     return _report(dataset, scores if topology.tp_rank == 0 else [])
+
+
+@contextmanager
+def _left_in_training(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+    for chunk in model:
+        chunk.eval()
+    try:
+        yield
+    finally:
+        for chunk in model:
+            chunk.train()
 
 
 def _report(dataset: Dataset, scores: list[SampleScore]) -> dict[str, Any]:

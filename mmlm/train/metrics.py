@@ -1,6 +1,7 @@
 """Numbers of each iteration: one JSON line, TensorBoard scalars and the progress bar."""
 
 import json
+import math
 import resource
 import time
 from pathlib import Path
@@ -15,6 +16,8 @@ from mmlm.data.dataset import Dataset
 from mmlm.data.ledger import count_entries
 from mmlm.data.step_plan import StepPlan
 from mmlm.parallel.topology import Topology
+from mmlm.train.nonfinite_count import NonfiniteCount
+from mmlm.train.stop import Stopper
 from mmlm.train.train_step import StepResult
 
 METRICS_FILE = "metrics.jsonl"
@@ -23,7 +26,8 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsLog:
     """Writes the metrics of a run; only rank 0 touches files.
 
-    ``metrics.jsonl`` has one line an iteration with full precision. A run that resumes drops the
+    ``metrics.jsonl`` has one line an iteration with full precision; null stands for a number that
+    is not finite. A run that resumes drops the
     lines of iterations that it will do again.
 
     Args:
@@ -54,30 +58,47 @@ class MetricsLog:
         """Leave what happened since the last iteration (evaluation, saving) out of the speed."""
         self._clock = time.perf_counter()
 
-    def log(self, plan: StepPlan, result: StepResult, data_seconds: float) -> dict[str, Any]:
+    def log(
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        data_seconds: float,
+        stopper: Stopper | None = None,
+        nonfinite: NonfiniteCount | None = None,
+    ) -> dict[str, Any]:
         """Record an iteration; collective.
 
         Args:
             plan: what it contained.
             result: what came out.
             data_seconds: how long this rank waited for its batches.
+            stopper: learns, by the way, whether any rank was told to stop.
+            nonfinite: iterations left out so far, this one included; none by default.
 
         Returns:
             The line that rank 0 wrote.
         """
+        nonfinite = nonfinite or NonfiniteCount()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         shared = torch.tensor(
-            [seconds, data_seconds, peak_memory_bytes(self._topology.device)],
+            [
+                seconds,
+                data_seconds,
+                peak_memory_bytes(self._topology.device),
+                0 if stopper is None else stopper.code,
+            ],
             dtype=torch.float64,
             device=self._topology.device,
         )
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-        seconds, data_seconds, memory = shared.tolist()
+        seconds, data_seconds, memory, stop_code = shared.tolist()
+        if stopper is not None:
+            stopper.learn(int(stop_code))
         line = {
             "iteration": plan.iteration,
-            "loss": result.loss,
-            "grad_norm": result.grad_norm,
+            "loss": _or_null(result.loss),
+            "grad_norm": _or_null(result.grad_norm),
             "learning_rate": result.learning_rate,
             "consumed_samples": (plan.iteration + 1) * plan.num_samples,
             "epoch": plan.epoch,
@@ -93,9 +114,16 @@ class MetricsLog:
             "padding_share": plan.padding_share,
             "images_per_pack": plan.num_images / plan.num_rows,
             "peak_memory_bytes": int(memory),
+            "nonfinite_iterations": nonfinite.total,
+            "nonfinite_in_a_row": nonfinite.in_a_row,
         }
         if self._outputs is not None:
             self._outputs.write(line)
+            self._outputs.bar.set_postfix_str(
+                f"loss {result.loss:.4f}, lr {result.learning_rate:.2e}, "
+                f"norm {result.grad_norm:.2f}, {plan.num_tokens / seconds:.0f} tokens/s"
+            )
+            self._outputs.bar.update(1)
         return line
 
     def log_evaluation(self, iteration: int, report: dict[str, Any]) -> None:
@@ -153,13 +181,8 @@ class _Outputs:
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in line.items():
-            if name != "iteration":
+            if name != "iteration" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, line["iteration"])
-        self.bar.set_postfix_str(
-            f"loss {line['loss']:.4f}, lr {line['learning_rate']:.2e}, "
-            f"norm {line['grad_norm']:.2f}, {line['tokens_per_second']:.0f} tokens/s"
-        )
-        self.bar.update(1)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -167,6 +190,11 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def _or_null(value: float) -> float | None:
+    """JSON has no nan and no inf."""
+    return value if math.isfinite(value) else None
 
 
 def _drop_lines_from(path: Path, start_iteration: int) -> None:

@@ -1,6 +1,7 @@
 """Everything a run needs, built once from its configuration."""
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
 from mmlm.config.model import ModelConfig
 from mmlm.config.schema import RunConfig
-from mmlm.conversion.hf_weights import load_hf_weights
+from mmlm.conversion.load_model import load_hf_weights
 from mmlm.data.dataset import Dataset, cache_folder, open_dataset
 from mmlm.data.planners import TrainPlanner
 from mmlm.data.sample import SampleSettings
@@ -37,6 +38,7 @@ from mmlm.parallel.stage_plan import StagePlan, make_stage_plan
 from mmlm.parallel.topology import Topology
 from mmlm.train.optimizer import make_optimizer, make_scheduler, wrap_ddp
 from mmlm.train.start import Start
+from mmlm.train.stop import Stopper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +90,17 @@ def refuse_other_data(start: Start, dataset: Dataset) -> None:
 
 
 def open_data(
-    config: RunConfig, meta: str, model: ModelConfig, tokenizer: Tokenizer, topology: Topology
+    config: RunConfig,
+    meta: str,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    topology: Topology,
+    stopper: Stopper | None = None,
 ) -> Dataset:
     """Measure (on rank 0, once) and open the sets of a meta json; collective.
 
     Raises:
+        StopRequested: on every rank, if `stopper` of rank 0 is told while it measures.
         DataError: on every rank, as `open_dataset`.
     """
     settings = SampleSettings(
@@ -115,7 +123,8 @@ def open_data(
         )
 
     def build() -> None:
-        read(build=True)
+        with nullcontext() if stopper is None else stopper.interruptible():
+            read(build=True)  # may take an hour; the next start goes on where it got to
 
     on_rank_zero(build, topology.control_group)
     dataset = read(build=False)
@@ -206,9 +215,9 @@ def build_training(
             loaded.get("optimizer", {}),
             state["model"],
             topology.dp_gloo_group,
-            start.iteration,
+            start.num_updates,
         )
-    scheduler = make_scheduler(optimizer, config.optimizer, train_iters, start.iteration)
+    scheduler = make_scheduler(optimizer, config.optimizer, train_iters, start.num_updates)
     return TrainingState(model=model, optimizer=optimizer, scheduler=scheduler, plan=plan)
 
 

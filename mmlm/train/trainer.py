@@ -2,10 +2,12 @@
 
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmlm.checkpoint.manifest import Manifest
+from mmlm.checkpoint.manifest import Manifest, iterations
 from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
 from mmlm.config.schema import RunConfig
@@ -19,11 +21,14 @@ from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
+from mmlm.train.bad_numbers import BadNumbers
 from mmlm.train.evaluate import evaluate
 from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
 from mmlm.train.hf_export import export_hf
 from mmlm.train.metrics import MetricsLog
+from mmlm.train.nonfinite_count import NonfiniteCount
 from mmlm.train.optimizer import gather_parameters
+from mmlm.train.run_guard import guard_run
 from mmlm.train.setup import (
     TrainingState,
     build_training,
@@ -35,6 +40,7 @@ from mmlm.train.setup import (
     training_state_dict,
 )
 from mmlm.train.start import Start, checkpoint_root, find_start, load_assets, load_tokenizer
+from mmlm.train.stop import Stopper, StopRequested, remove_marker, write_marker
 from mmlm.train.summary import describe_run, parameter_counts
 from mmlm.train.train_step import train_step
 
@@ -59,23 +65,41 @@ class Run:
         return self.state.chunks[0].pre_process and self.topology.tp_rank == 0
 
 
-def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
+def train(
+    config: RunConfig, topology: Topology, backend: Backend, stopper: Stopper | None = None
+) -> None:
     """Train to the end, resuming where the output directory has a checkpoint; collective.
 
     Args:
         config: of the run; `mmlm.config.checks.check_run` has passed.
         topology: this rank's place.
         backend: which implementations.
+        stopper: what may end the run early; without one only the settings can.
 
     Raises:
         MmlmError: for anything that the user can mend.
     """
-    run = prepare(config, topology, backend)
-    if run.start.iteration >= run.train_iters:
-        get_logger().info(
-            f"nothing to do: iteration {run.start.iteration} of {run.train_iters} is done"
-        )
-        return
+    stopper = stopper or Stopper(config.train.exit_duration_minutes)
+    with _guarded(config, topology):
+        try:
+            run = prepare(config, topology, backend, stopper)
+        except StopRequested as stop:
+            get_logger().info(f"stopped by {stop} before the first iteration")
+            saved = iterations(checkpoint_root(config))
+            done = int(saved[-1].name.removeprefix("iter_")) if saved else 0
+            _mark(config, topology, str(stop), done, None)
+            return
+        if run.start.iteration >= run.train_iters:
+            get_logger().info(
+                f"nothing to do: iteration {run.start.iteration} of {run.train_iters} is done"
+            )
+            return
+        _iterate(run, stopper)
+
+
+def _iterate(run: Run, stopper: Stopper) -> None:
+    """Train from the start to the end or to a stop; collective."""
+    config, topology = run.config, run.topology
     metrics = MetricsLog(
         Path(config.output_dir),
         topology,
@@ -83,6 +107,15 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
         train_iters=run.train_iters,
     )
     metrics.log_ledger(run.dataset)
+    nonfinite = run.start.nonfinite
+    bad_numbers = BadNumbers(
+        model=run.state.model,
+        sizes=run.start.model,
+        dataset=run.dataset,
+        topology=topology,
+        output_dir=Path(config.output_dir),
+        limit=config.train.max_nonfinite_iterations,
+    )
     with BatchLoader(
         run.dataset,
         run.planner,
@@ -99,30 +132,72 @@ def train(config: RunConfig, topology: Topology, backend: Backend) -> None:
             waiting = time.perf_counter()
             plan, batches = loader.batches(iteration)
             waited = time.perf_counter() - waiting
+            forward_step = _forward_step(run, iteration)
             result = train_step(
                 run.state.model,
                 run.state.optimizer,
                 run.state.scheduler,
-                _forward_step(run, iteration),
+                forward_step,
                 batches,
                 topology,
             )
-            metrics.log(plan, result, waited)
-            _save_and_evaluate(run, metrics, iteration + 1)
+            nonfinite = nonfinite.after(is_finite=result.is_finite)
+            metrics.log(plan, result, waited, stopper, nonfinite)
+            bad_numbers.handle(plan, batches, forward_step, result, nonfinite)
+            _save_and_evaluate(run, metrics, iteration + 1, stopper, nonfinite)
+            if stopper.reason is not None:
+                metrics.say(
+                    f"stopped after iteration {iteration + 1} of {run.train_iters} by "
+                    f"{stopper.reason}; the same command continues"
+                )
+                _mark(config, topology, stopper.reason, iteration + 1, run.train_iters)
+                break
     metrics.close()
 
 
-def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
-    """Find the start, open the data, build the model, say what will be done; collective."""
+@contextmanager
+def _guarded(config: RunConfig, topology: Topology) -> Iterator[None]:
+    """Hold the output directory while the block runs, and drop an earlier stop; collective."""
+    folder = Path(config.output_dir)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(guard_run(folder))
+            remove_marker(folder)
+
+        on_rank_zero(begin, topology.control_group)
+        yield
+
+
+def _mark(
+    config: RunConfig, topology: Topology, reason: str, done: int, train_iters: int | None
+) -> None:
+    """Leave the file that says that the run was stopped; collective."""
+    on_rank_zero(
+        lambda: write_marker(
+            Path(config.output_dir), iteration=done, train_iters=train_iters, reason=reason
+        ),
+        topology.control_group,
+    )
+
+
+def prepare(config: RunConfig, topology: Topology, backend: Backend, stopper: Stopper) -> Run:
+    """Find the start, open the data, build the model, say what will be done; collective.
+
+    Raises:
+        StopRequested: on every rank, when `stopper` says so before the first iteration.
+        MmlmError: for anything that the user can mend.
+    """
     start = on_rank_zero(lambda: find_start(config), topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     assets = on_rank_zero(lambda: load_assets(config, start), topology.control_group)
     check_data(config, start, tokenizer)
-    dataset = open_data(config, config.data.meta, start.model, tokenizer, topology)
+    dataset = open_data(config, config.data.meta, start.model, tokenizer, topology, stopper)
     refuse_other_data(start, dataset)
     held_out = None
     if config.train.eval_interval:
-        held_out = open_data(config, config.eval_meta, start.model, tokenizer, topology)
+        held_out = open_data(config, config.eval_meta, start.model, tokenizer, topology, stopper)
+    stopper.raise_if_agreed(topology.control_group)
     planner = TrainPlanner(
         table=dataset.table,
         seed=config.train.seed,
@@ -138,6 +213,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend) -> Run:
     )
     train_iters = train_iterations(config, planner)
     state = build_training(config, start, topology, backend, dataset, train_iters)
+    stopper.raise_if_agreed(topology.control_group)
     counts = parameter_counts(state.chunks, topology)
 
     def announce() -> None:
@@ -176,49 +252,81 @@ def _forward_step(run: Run, iteration: int) -> ForwardStep:
     return training_forward_step(run.start.model, run.topology, drop_path)
 
 
-def _save_and_evaluate(run: Run, metrics: MetricsLog, done: int) -> None:
-    """Do what is due after ``done`` iterations; collective."""
-    config = run.config
-    saves = _due(done, config.checkpoint.save_interval) or done == run.train_iters
-    evaluates = run.held_out is not None and _due(done, config.train.eval_interval)
+def _save_and_evaluate(
+    run: Run, metrics: MetricsLog, done: int, stopper: Stopper, nonfinite: NonfiniteCount
+) -> None:
+    """Do what is due after ``done`` iterations; collective.
+
+    Once the run is asked to stop, it is saved and nothing else is begun, but for what belongs to
+    the last iteration, which no resume would make up for.
+    """
+    config, is_last = run.config, done == run.train_iters
+    saves = _due(done, config.checkpoint.save_interval) or is_last
     interval = config.checkpoint.export_hf_interval
-    exports = _due(done, interval) or (interval > 0 and done == run.train_iters)
-    if saves or evaluates or exports:
+    exports = _due(done, interval) or (interval > 0 and is_last)
+    evaluates = run.held_out is not None and _due(done, config.train.eval_interval)
+    if saves or exports or evaluates or stopper.reason is not None:
         gather_parameters(run.state.model)
-    if saves:
-        metrics.say(f"saved {save(run, done)}")
-        metrics.restart_clock()
-    if exports:
-        folder = export_hf(
-            Path(config.output_dir) / "hf",
-            done,
-            run.state.chunks,
-            run.start.model,
-            run.assets,
-            run.topology,
-            keep=config.checkpoint.keep,
-        )
-        metrics.say(f"exported {folder}")
-        metrics.restart_clock()
-    if run.held_out is not None and evaluates:
+    if saves or stopper.reason is not None:
+        _save(run, metrics, done, stopper, nonfinite)
+        saves = True
+    if exports and (is_last or stopper.reason is None):
+        _export(run, metrics, done, stopper)
+    if evaluates and (is_last or stopper.reason is None):
+        _evaluate(run, metrics, done, stopper)
+    if stopper.reason is not None and not saves:
+        _save(run, metrics, done, stopper, nonfinite)
+
+
+def _save(
+    run: Run, metrics: MetricsLog, done: int, stopper: Stopper, nonfinite: NonfiniteCount
+) -> None:
+    metrics.say(f"saved {save(run, done, nonfinite)}")
+    metrics.restart_clock()
+    stopper.agree(run.topology.control_group)
+
+
+def _export(run: Run, metrics: MetricsLog, done: int, stopper: Stopper) -> None:
+    folder = export_hf(
+        Path(run.config.output_dir) / "hf",
+        done,
+        run.state.chunks,
+        run.start.model,
+        run.assets,
+        run.topology,
+        keep=run.config.checkpoint.keep,
+    )
+    metrics.say(f"exported {folder}")
+    metrics.restart_clock()
+    stopper.agree(run.topology.control_group)
+
+
+def _evaluate(run: Run, metrics: MetricsLog, done: int, stopper: Stopper) -> None:
+    assert run.held_out is not None
+    try:
         report = evaluate(
             run.state.model,
-            config,
+            run.config,
             run.start.model,
             run.held_out,
             run.topology,
             with_pixels=run.decodes,
+            stopper=stopper if done < run.train_iters else None,
         )
+    except StopRequested as stop:
+        metrics.say(f"the evaluation after {done} iterations is left unfinished: {stop}")
+    else:
         metrics.log_evaluation(done, report)
-        metrics.restart_clock()
+    metrics.restart_clock()
+    stopper.agree(run.topology.control_group)
 
 
 def _due(done: int, interval: int) -> bool:
     return interval > 0 and done % interval == 0
 
 
-def save(run: Run, iteration: int) -> Path:
-    """Save after ``iteration`` iterations; collective.
+def save(run: Run, iteration: int, nonfinite: NonfiniteCount) -> Path:
+    """Save after ``iteration`` iterations, of which some may have changed nothing; collective.
 
     Returns:
         The checkpoint's directory.
@@ -231,6 +339,8 @@ def save(run: Run, iteration: int) -> Path:
         model=run.start.model,
         run_config=to_json(config),
         data=data_fingerprint(run.dataset),
+        nonfinite_iterations=nonfinite.total,
+        nonfinite_in_a_row=nonfinite.in_a_row,
         has_optimizer=True,
     )
     return save_checkpoint(
