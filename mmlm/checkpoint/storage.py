@@ -4,15 +4,13 @@ The files are those of megatron-core's `torch_dist` format and any megatron-core
 the writing differs: its own writer forks processes, starts a spawned manager to collect their
 results (seconds a rank, an orphan after a kill, a hang without psutil) and holds every tensor until
 the last is written. `StreamingSaveStrategy` writes one tensor after the other, in the calling
-process, and can take the rows of each from a function at the moment they are written.
+process. `streamed` writes the same files of tensors that no process holds.
 """
 
 import io
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,43 +28,21 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from mmlm.checkpoint.row_stream import RowSource, Slot, fill, open_kept
-from mmlm.checkpoint.torch_files import frame_of
+from mmlm.checkpoint.metadata import TensorInfo, tensor_infos
 from mmlm.errors import CheckpointError, MmlmError
 
 
-@dataclass(frozen=True, kw_only=True)
-class TensorInfo:
-    """What the metadata of a checkpoint says about one tensor."""
-
-    shape: tuple[int, ...]
-    """True, global shape."""
-    dtype: torch.dtype
-    """Element type on disk."""
-
-
-def save_sharded(
-    sharded_state_dict: Mapping[str, Any],
-    directory: Path,
-    row_source: RowSource | None = None,
-) -> None:
+def save_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> None:
     """Write a sharded state dict; collective, every rank of the default group must call it.
 
     Args:
-        sharded_state_dict: as for `megatron.core.dist_checkpointing.save`. A ShardedTensor whose
-            data is on the meta device is fetched from `row_source`, block by block, when its turn
-            comes.
-        directory: a new or empty directory on a file system that all ranks share. With a
-            `row_source`, it may be what a killed run of the same call left: tensors that are there
-            and equal are kept.
-        row_source: of the meta tensors.
+        sharded_state_dict: as for `megatron.core.dist_checkpointing.save`.
+        directory: a new or empty directory on a file system that all ranks share.
 
     Raises:
         CheckpointError: on all ranks, when writing failed on any of them.
@@ -77,7 +53,7 @@ def save_sharded(
         dist_checkpointing.save(
             dict(sharded_state_dict),
             str(directory),
-            sharded_strategy=StreamingSaveStrategy(row_source),
+            sharded_strategy=StreamingSaveStrategy(),
         )
 
 
@@ -105,25 +81,11 @@ def load_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> dict
         return loaded
 
 
-def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
-    """Key -> shape and dtype of every tensor of a checkpoint; reads the metadata alone.
-
-    Raises:
-        CheckpointError: when the directory holds no complete checkpoint.
-    """
-    return {
-        name: TensorInfo(shape=tuple(entry.size), dtype=entry.properties.dtype)
-        for name, entry in read_metadata(directory).state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
 class StreamingSaveStrategy(SaveShardedStrategy):
     """Writes megatron-core's `torch_dist` format synchronously, one tensor after the other."""
 
-    def __init__(self, row_source: RowSource | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__("torch_dist", 1)
-        self._row_source = row_source
 
     @property
     def can_handle_sharded_objects(self) -> bool:
@@ -135,7 +97,7 @@ class StreamingSaveStrategy(SaveShardedStrategy):
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
         dcp.save(
             mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_StreamingWriter(checkpoint_dir, self._row_source),
+            storage_writer=_StreamingWriter(checkpoint_dir),
             planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
         )
 
@@ -143,99 +105,32 @@ class StreamingSaveStrategy(SaveShardedStrategy):
 class _StreamingWriter(dcp.FileSystemWriter):
     """One file a rank, holding one tensor at a time (torch's keeps all of them until the end)."""
 
-    def __init__(self, path: str | Path, row_source: RowSource | None) -> None:
-        super().__init__(path)
-        self._row_source = row_source
-
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results: list[WriteResult] = []
         if plan.items:
             name = f"{plan.storage_data.prefix}0.distcp"
-            descriptor, kept_bytes = open_kept(Path(self.path) / name)
-            with open(descriptor, "r+b") as stream:
+            with open(Path(self.path) / name, "wb") as stream:
                 for item in plan.items:
                     start = stream.tell()
-                    self._write(stream, item, planner, kept_bytes)
+                    self._write(stream, item, planner)
                     length = stream.tell() - start
                     place = _StorageInfo(name, start, length)
                     results.append(WriteResult(item.index, length, place))
-                stream.truncate()
                 stream.flush()
                 os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    def _write(
-        self, stream: BinaryIO, item: WriteItem, planner: SavePlanner, kept_bytes: int
-    ) -> None:
+    def _write(self, stream: BinaryIO, item: WriteItem, planner: SavePlanner) -> None:
         data = planner.resolve_data(item)
         if isinstance(data, io.BytesIO):
             stream.write(data.getbuffer())
-        elif data.is_meta:
-            assert self._row_source is not None, f"{item.index.fqn} has neither data nor a source"
-            self._write_rows(stream, item.index.fqn, data, kept_bytes)
         else:
             tensor = data.detach().to("cpu")
             if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
                 tensor = tensor.clone()  # torch.save would write the whole storage behind a view
             torch.save(tensor, stream)
-
-    def _write_rows(self, stream: BinaryIO, key: str, announced: Tensor, kept_bytes: int) -> None:
-        """Write what torch.save would, with the elements taken from the source block by block."""
-        frame = frame_of(torch.empty(announced.shape, dtype=announced.dtype))
-        start = stream.tell()
-        for at, piece in frame.pieces:
-            stream.seek(start + at)
-            stream.write(piece)
-        stream.flush()
-        (offset,) = frame.offsets
-        slot = Slot(
-            key=key,
-            shape=tuple(announced.shape),
-            dtype=announced.dtype,
-            offset=start + offset,
-        )
-        assert self._row_source is not None
-        fill(stream.fileno(), [slot], self._row_source, kept_bytes)
-        stream.seek(start + frame.num_bytes)
-
-
-@contextmanager
-def process_group_of_one() -> Iterator[None]:
-    """Make sure of a default process group with this process alone; megatron-core asks for one.
-
-    Raises:
-        CheckpointError: when a group of several ranks exists: this is work for one process.
-    """
-    if dist.is_initialized():
-        if dist.get_world_size() != 1:
-            raise CheckpointError(
-                f"conversion runs in one process, but there are {dist.get_world_size()} ranks: "
-                "start it without torchrun"
-            )
-        yield
-        return
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def read_metadata(directory: Path) -> Metadata:
-    """Everything that a checkpoint says of its tensors; errors as in `tensor_infos`."""
-    # metadata.json is written last: without it the save did not finish.
-    for name in ("metadata.json", ".metadata"):
-        if not (directory / name).is_file():
-            raise CheckpointError(
-                f"{directory}: not a complete checkpoint, {name} is missing; "
-                "give an iteration's directory or the folder that holds `latest`"
-            )
-    try:
-        return dcp.FileSystemReader(directory).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{directory / '.metadata'}: damaged: {error}") from error
 
 
 def _mismatches(sharded_state_dict: Mapping[str, Any], stored: dict[str, TensorInfo]) -> list[str]:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from mmlm.checkpoint.metadata import TensorInfo, read_metadata
 from mmlm.checkpoint.places import Place, announce_reading, read_rows, read_whole
-from mmlm.checkpoint.storage import TensorInfo, read_metadata
 from mmlm.checkpoint.torch_files import PlaceFinder
 from mmlm.errors import CheckpointError
 

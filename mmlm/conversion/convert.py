@@ -5,9 +5,6 @@ vocabulary has its real size, so that any layout reads it (see `name_map`). A co
 killed goes on where it was when the same command is given again.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -22,7 +19,7 @@ from mmlm.checkpoint.manifest import (
     resolve,
     temporary_dir,
 )
-from mmlm.checkpoint.storage import process_group_of_one, save_sharded
+from mmlm.checkpoint.streamed import TENSOR_FILE, write_streamed
 from mmlm.conversion.assets import write_assets
 from mmlm.conversion.dtypes import DTYPES, DtypeName
 from mmlm.conversion.export import PART_FOLDERS, Export
@@ -42,9 +39,6 @@ from mmlm.errors import CheckpointError, ConfigError
 from mmlm.log import get_logger
 
 _log = get_logger("mmlm.conversion")
-
-_TENSOR_FILE = "__0_0.distcp"
-"""What torch calls the one file of rank 0."""
 
 
 def hf_to_megatron(
@@ -113,13 +107,9 @@ def hf_to_megatron(
     reader = weights.reader
     temporary = temporary_dir(output, 0)
     check_free_space(output, reader.num_bytes, bytes_on_disk(temporary))
-    with unfinished_folder(temporary, [_TENSOR_FILE]) as directory:
-        with (
-            process_group_of_one(),
-            _quiet_megatron(),
-            _bar("hf -> megatron", reader.num_bytes, progress) as bar,
-        ):
-            save_sharded(reader.announced(), directory, reader.counted(bar.update))
+    with unfinished_folder(temporary, [TENSOR_FILE]) as directory:
+        with _bar("hf -> megatron", reader.num_bytes, progress) as bar:
+            write_streamed(directory, reader.infos, reader.counted(bar.update))
         _write_small_files(weights, directory)
         final = publish(directory, output, 0)
     reader.check.warn()
@@ -246,15 +236,3 @@ def _open(
 
 def _bar(title: str, num_bytes: int, shown: bool) -> "tqdm[None]":
     return tqdm(total=num_bytes, desc=title, unit="B", unit_scale=True, disable=not shown)
-
-
-@contextmanager
-def _quiet_megatron() -> Iterator[None]:
-    """Without its warning of files in the folder: they are what a killed conversion has left."""
-    logger = logging.getLogger("megatron.core.dist_checkpointing.serialization")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
+from mmlm.checkpoint.metadata import TensorInfo
 from mmlm.checkpoint.row_stream import RowSource
 from mmlm.conversion.block_reader import BlockReader
 from mmlm.conversion.dtypes import DTYPES
@@ -64,17 +64,16 @@ class EntryReader:
         dtypes = {key.removeprefix(MODEL_PREFIX): dtype for key, dtype in self.dtypes.items()}
         return BlockReader(self._source, self._entries, dtypes, self._plan, self._seed, self.check)
 
-    def announced(self) -> dict[str, ShardedTensor]:
-        """Shapes and dtypes without data, for `save_sharded`."""
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """Key -> shape and element type in the checkpoint."""
         return {
-            key: ShardedTensor.from_rank_offsets(
-                key, torch.empty(shape, dtype=self.dtypes[key], device="meta")
-            )
+            key: TensorInfo(shape=shape, dtype=self.dtypes[key])
             for key, shape in self._shapes.items()
         }
 
     def counted(self, on_bytes: Callable[[int], object]) -> RowSource:
-        """The function that `save_sharded` takes rows from.
+        """The function that `write_streamed` takes rows from.
 
         Args:
             on_bytes: called with the size of every block that was made.

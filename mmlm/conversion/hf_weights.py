@@ -1,13 +1,10 @@
-"""HuggingFace weights as Megatron's tensors: for a conversion, or straight into a model."""
+"""HuggingFace weights, opened and checked, as Megatron's tensors."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
-from tqdm import tqdm
 
 from mmlm.config.model import ModelConfig, VisionConfig
 from mmlm.conversion.block_reader import BlockReader
@@ -17,8 +14,6 @@ from mmlm.conversion.hf_source import PROJECTOR_FILE, HFSource, open_combined, o
 from mmlm.conversion.name_map import expand
 from mmlm.conversion.vocabulary import VocabularyPlan, plan_vocabulary
 from mmlm.errors import CheckpointError, ConfigError
-from mmlm.models.internvl_model import InternVLModel
-from mmlm.models.model_provider import parameter_blocks
 
 VOCABULARY_SEED = 42
 """Seed of new embedding rows, unless somebody wants another."""
@@ -143,37 +138,3 @@ def _not_weights(folder: Path) -> str:
         f"{folder}: {found}; give a combined InternVL-Chat folder, or one that holds the ViT as "
         "vision/ and the LLM as llm/"
     )
-
-
-@torch.no_grad()
-def load_hf_weights(
-    chunks: Sequence[InternVLModel],
-    groups: ProcessGroupCollection,
-    weights: HFWeights,
-    *,
-    progress: bool = False,
-) -> int:
-    """Fill a model straight from HuggingFace's files.
-
-    Every rank reads the blocks that it holds, and no more of the files.
-
-    Args:
-        chunks: this rank's model.
-        groups: its process groups.
-        weights: of the model's sizes.
-        progress: show a bar of this rank's bytes.
-
-    Returns:
-        Bytes that this rank has read.
-    """
-    reader = weights.blocks()
-    shards = parameter_blocks(chunks, groups)
-    total = sum(shard.data.nbytes for shard in shards)
-    with tqdm(
-        total=total, desc="reading weights", unit="B", unit_scale=True, disable=not progress
-    ) as bar:
-        for shard in shards:
-            shard.data.copy_(reader.read(shard.key, shard.global_slice()))
-            bar.update(shard.data.nbytes)
-    weights.reader.check.warn()
-    return reader.bytes_read

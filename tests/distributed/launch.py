@@ -10,7 +10,8 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,16 @@ def run_ranks(
             process.kill()
             process.join()
         return _collect(Path(folder), world_size, late)
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """A default process group with this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _collect(folder: Path, world_size: int, late: list[int]) -> list[Any]:

@@ -1,6 +1,5 @@
 """Sharded tensors on disk: what several ranks write, any number of ranks reads."""
 
-import json
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -8,20 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
-from mmlm.checkpoint import row_stream
+from mmlm.checkpoint.metadata import tensor_infos
 from mmlm.checkpoint.storage import (
     load_sharded,
-    process_group_of_one,
     save_sharded,
-    tensor_infos,
 )
 from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.errors import CheckpointError
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import group_of_one, run_ranks
 
 WHOLE = torch.arange(24.0).view(8, 3)
 
@@ -107,58 +103,16 @@ def test_a_failed_write_on_one_rank_is_an_error_on_all(tmp_path: Path):
         assert "ckpt: the checkpoint could not be written: rank 1: IsADirectoryError" in message
 
 
-def announce(key: str, tensor: torch.Tensor) -> ShardedTensor:
-    return ShardedTensor.from_rank_offsets(key, tensor.to("meta"))
-
-
-def test_rows_are_fetched_when_they_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(row_stream, "BLOCK_BYTES", 40)
-    tensors = {"a": torch.randn(5, 5), "b": torch.randn(3).bfloat16(), "c": torch.ones(1, 3, 9)}
-    fetched: list[tuple[str, int, int]] = []
-
-    def source(key: str, start: int, stop: int) -> torch.Tensor:
-        fetched.append((key, start, stop))
-        return tensors[key][start:stop]
-
-    with process_group_of_one():
-        announced = {key: announce(key, tensor) for key, tensor in tensors.items()}
-        save_sharded(announced, tmp_path, source)
-        assert fetched == [("a", 0, 2), ("a", 2, 4), ("a", 4, 5), ("b", 0, 3), ("c", 0, 1)]
-        plain = dist_checkpointing.load_plain_tensors(str(tmp_path))  # megatron-core's own reading
-    assert not dist.is_initialized()
-    reader = TensorReader(tmp_path)
-    for key, tensor in tensors.items():
-        for found in (plain[key], reader.read(key)):
-            assert found.dtype == tensor.dtype
-            assert torch.equal(found, tensor)
-
-
-def test_an_error_of_the_source_comes_out_as_it_is(tmp_path: Path):
-    def source(key: str, start: int, stop: int) -> torch.Tensor:
-        raise CheckpointError(f"FILE: {key} cannot be read")
-
-    def interrupted(key: str, start: int, stop: int) -> torch.Tensor:
-        raise KeyboardInterrupt
-
-    with process_group_of_one():
-        with pytest.raises(CheckpointError, match=r"^FILE: a cannot be read$"):
-            save_sharded({"a": announce("a", torch.ones(2))}, tmp_path, source)
-        with pytest.raises(KeyboardInterrupt):
-            save_sharded({"a": announce("a", torch.ones(2))}, tmp_path / "2", interrupted)
-    with pytest.raises(CheckpointError, match=r"not a complete checkpoint, metadata\.json is miss"):
-        tensor_infos(tmp_path)
-
-
 def test_views_are_saved_without_what_is_around_them(tmp_path: Path):
     big = torch.randn(1000, 1000)
-    with process_group_of_one():
+    with group_of_one():
         save_sharded({"a": ShardedTensor.from_rank_offsets("a", big[3:5])}, tmp_path)
     assert (tmp_path / "__0_0.distcp").stat().st_size < 20_000
     assert torch.equal(TensorReader(tmp_path).read("a"), big[3:5])
 
 
 def test_damage_is_named(tmp_path: Path):
-    with process_group_of_one():
+    with group_of_one():
         save_sharded({"a": ShardedTensor.from_rank_offsets("a", torch.ones(50))}, tmp_path)
         file = tmp_path / "__0_0.distcp"
         content = file.read_bytes()
@@ -176,23 +130,3 @@ def test_damage_is_named(tmp_path: Path):
     (tmp_path / ".metadata").write_bytes(b"no pickle")
     with pytest.raises(CheckpointError, match=r"\.metadata: damaged"):
         tensor_infos(tmp_path)
-
-
-def in_a_group_of_two() -> str:
-    with pytest.raises(CheckpointError) as caught, process_group_of_one():
-        pass
-    return str(caught.value)
-
-
-@pytest.mark.distributed
-def test_conversion_refuses_several_ranks():
-    for message in run_ranks(2, in_a_group_of_two):
-        assert "conversion runs in one process, but there are 2 ranks" in message
-
-
-def test_a_group_of_one_is_reused():
-    with process_group_of_one():
-        with process_group_of_one():
-            assert dist.get_world_size() == 1
-        assert dist.is_initialized()
-    assert json.dumps(dist.is_initialized()) == "false"

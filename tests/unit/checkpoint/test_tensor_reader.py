@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from mmlm.checkpoint.storage import process_group_of_one, save_sharded
+from mmlm.checkpoint.storage import save_sharded
 from mmlm.checkpoint.tensor_reader import TensorReader
 from mmlm.errors import CheckpointError
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import group_of_one, run_ranks
 
 WHOLE = torch.arange(96.0).view(8, 4, 3)
 
@@ -40,7 +40,7 @@ def test_any_rows_of_pieces(tmp_path: Path):
 
 
 def test_pieces_that_do_not_add_up_are_refused(tmp_path: Path):
-    with process_group_of_one():
+    with group_of_one():
         save_sharded({"a": ShardedTensor.from_rank_offsets("a", WHOLE)}, tmp_path)
     reader = TensorReader(tmp_path)
     assert torch.equal(reader.read_rows("a", 2, 5), WHOLE[2:5])

@@ -1,0 +1,49 @@
+"""What a checkpoint says of its tensors, without megatron-core, whose import takes seconds."""
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from mmlm.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """Shape and type of one tensor of a checkpoint."""
+
+    shape: tuple[int, ...]
+    """True, global shape."""
+    dtype: torch.dtype
+    """Element type on disk."""
+
+
+def tensor_infos(directory: Path) -> dict[str, TensorInfo]:
+    """Key -> shape and dtype of every tensor of a checkpoint; reads the metadata alone.
+
+    Raises:
+        CheckpointError: when the directory holds no complete checkpoint.
+    """
+    return {
+        name: TensorInfo(shape=tuple(entry.size), dtype=entry.properties.dtype)
+        for name, entry in read_metadata(directory).state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def read_metadata(directory: Path) -> Metadata:
+    """Everything that a checkpoint says of its tensors; errors as in `tensor_infos`."""
+    # metadata.json is written last: without it the save did not finish.
+    for name in ("metadata.json", ".metadata"):
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory}: not a complete checkpoint, {name} is missing; "
+                "give an iteration's directory or the folder that holds `latest`"
+            )
+    try:
+        return dcp.FileSystemReader(directory).read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
+        raise CheckpointError(f"{directory / '.metadata'}: damaged: {error}") from error
