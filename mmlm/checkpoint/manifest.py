@@ -45,6 +45,10 @@ class Manifest:
     """The resolved configuration of the run as JSON; None for converted weights."""
     data: dict[str, Any] | None = None
     """What the run trains on, for comparison on resume: usable samples of each set, and tokens."""
+    nonfinite_iterations: int = 0
+    """Of `iteration`, those that changed nothing because loss or gradient norm was not finite."""
+    nonfinite_in_a_row: int = 0
+    """The last ones of them without a good iteration between."""
     has_optimizer: bool
     """Whether a training can be resumed exactly, or only started from the weights."""
     format_version: int = FORMAT_VERSION

@@ -11,6 +11,7 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -120,6 +121,33 @@ def make_optimizer(
         config_overrides={no_decay: {"wd_mult": 0.0}},
         use_gloo_process_groups=False,
     )
+
+
+@torch.no_grad()
+def step_if_finite(optimizer: MegatronOptimizer) -> float:
+    """Clip and update, unless the gradient norm is not finite: then nothing changes; collective.
+
+    The parts of megatron-core's ``step()``, which would clip with a norm of NaN and go on.
+
+    Args:
+        optimizer: from `make_optimizer`.
+
+    Returns:
+        The global norm before clipping, the same on every rank. If it is not finite, weights, Adam
+        moments and step counts are as they were.
+    """
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(
+                parameters, max_norm=part.config.clip_grad, total_norm=norm
+            )
+    optimizer.step_with_ready_grads()
+    return norm
 
 
 def decays(rule: str, name: str, num_dims: int) -> bool:

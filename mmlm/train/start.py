@@ -13,6 +13,7 @@ from mmlm.conversion.assets import write_assets
 from mmlm.conversion.hf_weights import HFWeights, open_weights
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
+from mmlm.train.nonfinite_count import NonfiniteCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,20 @@ class Start:
     def iteration(self) -> int:
         """Iterations already done."""
         return self.manifest.iteration if self.resumes and self.manifest is not None else 0
+
+    @property
+    def nonfinite(self) -> NonfiniteCount:
+        """Iterations done that changed nothing."""
+        if not self.resumes or self.manifest is None:
+            return NonfiniteCount()
+        return NonfiniteCount(
+            total=self.manifest.nonfinite_iterations, in_a_row=self.manifest.nonfinite_in_a_row
+        )
+
+    @property
+    def num_updates(self) -> int:
+        """Steps of the optimizer and of the schedule already done."""
+        return self.iteration - self.nonfinite.total
 
     @property
     def assets_dir(self) -> Path | None:

@@ -13,13 +13,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mmlm.data.collate import Batch
-from mmlm.errors import MmlmError
 from mmlm.parallel.topology import Topology
 from mmlm.train.forward_step import ForwardStep
-
-
-class DivergenceError(MmlmError):
-    """The loss or the gradient norm is not a finite number."""
+from mmlm.train.optimizer import step_if_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +28,11 @@ class StepResult:
     """Global norm before clipping."""
     learning_rate: float
     """The rate that was used."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the iteration counts; if not, it has changed nothing but the gradients."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def run_schedule(
@@ -91,25 +92,18 @@ def train_step(
     """Train one iteration; collective.
 
     Returns:
-        Loss, norm and rate.
-
-    Raises:
-        DivergenceError: on all ranks, if the loss or the norm is not finite. Nothing is saved after
-            it, so the last checkpoint is from before.
+        Loss, norm and rate. If the loss or the norm is not finite, which all ranks see alike,
+        weights, optimizer state and scheduler are as they were, to the bit.
     """
     loss = forward_backward(model, forward_step, batches, topology)
     learning_rate = _learning_rate(optimizer, topology)
     grad_norm = float("nan")
     if math.isfinite(loss):
-        _, norm, _ = optimizer.step()
-        grad_norm = float(norm)
-    if not math.isfinite(grad_norm):
-        raise DivergenceError(
-            f"the training diverged: loss {loss}, gradient norm {grad_norm}; start again from the "
-            "last checkpoint with a lower learning rate, or look at the data of this iteration"
-        )
-    scheduler.step(increment=1)
-    return StepResult(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+        grad_norm = step_if_finite(optimizer)
+    result = StepResult(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate)
+    if result.is_finite:
+        scheduler.step(increment=1)
+    return result
 
 
 def _learning_rate(optimizer: MegatronOptimizer, topology: Topology) -> float:

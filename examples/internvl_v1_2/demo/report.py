@@ -93,6 +93,8 @@ def draw_loss(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # null: the loss was not a finite number, and the iteration was left out
+    metrics = [line for line in metrics if line["loss"] is not None]
     iterations = [line["iteration"] + 1 for line in metrics]
     losses = [line["loss"] for line in metrics]
     means = [
