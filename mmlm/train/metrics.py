@@ -165,7 +165,7 @@ class _Outputs:
         self, output_dir: Path, start_iteration: int, train_iters: int, show_progress: bool
     ) -> None:
         path = output_dir / METRICS_FILE
-        _drop_lines_from(path, start_iteration)
+        drop_lines_from(path, start_iteration)
         self.file = path.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
         self.bar = tqdm(
@@ -197,15 +197,17 @@ def _or_null(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _drop_lines_from(path: Path, start_iteration: int) -> None:
+def drop_lines_from(path: Path, start_iteration: int) -> None:
+    """Take out the lines of iterations that will be done again, and one that a kill cut short."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if _iteration_of(line) < start_iteration]
+    kept = [line for line in lines if iteration_of(line) < start_iteration]
     path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
-def _iteration_of(line: str) -> float:
+def iteration_of(line: str) -> float:
+    """The iteration of a line; infinite for one that a kill cut short."""
     try:
         return json.loads(line)["iteration"]
     except ValueError:  # a line cut short by a kill

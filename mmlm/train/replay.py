@@ -5,7 +5,7 @@ The weights are what they were, because an iteration that is not finite changes 
 the batches and what drop path drops. Hooks are gone afterwards.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -148,9 +148,10 @@ class _Watched:
         if get_attr_wrapped_model(chunk, "pre_process") and batch.pixel_values is not None:
             self._look("activation", "pixel_values", 0, batch.pixel_values)
         output, loss_function = self._step(iter([batch]), chunk)
-        if output.requires_grad:
-            # the first that the backward pass of this microbatch comes by
-            output.register_hook(lambda gradient: self._turn_to(place, number, is_forward=False))
+        # before recomputed layers, which a hook of the output comes after
+        output = _BackwardMark.apply(
+            output, partial(self._turn_to, place, number, is_forward=False)
+        )
         return output, loss_function
 
     def findings(self) -> list[Finding]:
@@ -237,6 +238,22 @@ class _Watched:
     def _sequence_parallel_rank(self) -> int | None:
         shared = self._chunks[0].config.sequence_parallel
         return self._topology.tp_rank if shared else None
+
+
+class _BackwardMark(torch.autograd.Function):
+    """The identity without a copy (and no view), which says when its gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, say: Callable[[], None]) -> Tensor:
+        ctx.say = say
+        output = torch.empty(1, dtype=x.dtype, device=x.device)
+        output.data = x.data
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.say()
+        return gradient, None
 
 
 def _named_modules(chunk: InternVLModel) -> Iterator[tuple[str, torch.nn.Module]]:

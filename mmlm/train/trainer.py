@@ -39,6 +39,7 @@ from mmlm.train.setup import (
     train_iterations,
     training_state_dict,
 )
+from mmlm.train.spike_log import SpikeLog
 from mmlm.train.start import Start, checkpoint_root, find_start, load_assets, load_tokenizer
 from mmlm.train.stop import Stopper, StopRequested, remove_marker, write_marker
 from mmlm.train.summary import describe_run, parameter_counts
@@ -107,6 +108,14 @@ def _iterate(run: Run, stopper: Stopper) -> None:
         train_iters=run.train_iters,
     )
     metrics.log_ledger(run.dataset)
+    spikes = None
+    if topology.rank == 0:
+        spikes = SpikeLog(
+            Path(config.output_dir),
+            start_iteration=run.start.iteration,
+            factor=config.train.loss_spike_factor,
+            window=config.train.loss_spike_window,
+        )
     nonfinite = run.start.nonfinite
     bad_numbers = BadNumbers(
         model=run.state.model,
@@ -143,6 +152,8 @@ def _iterate(run: Run, stopper: Stopper) -> None:
             )
             nonfinite = nonfinite.after(is_finite=result.is_finite)
             metrics.log(plan, result, waited, stopper, nonfinite)
+            if spikes is not None:
+                spikes.look(plan, result.loss)
             bad_numbers.handle(plan, batches, forward_step, result, nonfinite)
             _save_and_evaluate(run, metrics, iteration + 1, stopper, nonfinite)
             if stopper.reason is not None:

@@ -6,6 +6,7 @@ sample's rows, a sum that overflows.
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,7 +216,6 @@ def test_one_bad_sample_is_named_and_its_iteration_left_out(
     results = run_ranks(ranks, train_with_fault, run, "pixels", (BAD,), dp)
     assert all(result["error"] is None for result in results)
     assert all(result["untouched"] == [True] for result in results), "bitwise, on every rank"
-    assert len({tuple(result["hooks"]) for result in results}) >= 1
     assert all(len(set(result["hooks"])) == 1 for result in results), "no hook is left behind"
     victim = results[0]["victims"][BAD]
     report = report_of(tmp_path / "bad")
@@ -279,13 +279,11 @@ def test_too_many_in_a_row_end_the_run(world: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_counters_schedule_and_adam_survive_a_resume(world: Path, tmp_path: Path) -> None:
-    """Left out at 2, saved after 3, resumed: the same curve to the bit as without an interruption."""
+    """Left out at 2, saved after 3, resumed: the same curve to the bit as without a stop."""
     run = config(world, tmp_path / "whole", tp=2)
     run_ranks(2, train_with_fault, run, "pixels", (BAD,), 0)
     part = replace(run, output_dir=str(tmp_path / "part"))
     (tmp_path / "part").mkdir()
-    import shutil
-
     shutil.copytree(tmp_path / "whole" / "checkpoints", tmp_path / "part" / "checkpoints")
     shutil.rmtree(tmp_path / "part" / "checkpoints" / "iter_0000006")
     (tmp_path / "part" / "checkpoints" / "latest").write_text("iter_0000003")
@@ -308,7 +306,7 @@ def test_a_weight_of_one_rank_is_named(world: Path, tmp_path: Path) -> None:
     # every sample of every microbatch comes by that weight
     named = sorted(sample["sample_id"] for sample in report["samples"])
     assert named == sorted({s for rank in report["batch"] for row in rank for s in row})
-    assert "and 5 more" in results[0]["error"]
+    assert f"in {len(report['first']) - 3} other microbatches" in results[0]["error"]
 
 
 @pytest.mark.distributed

@@ -14,6 +14,7 @@ from mmlm.data.ledger import LedgerEntry
 from mmlm.data.rejection import Reason
 from mmlm.data.step_plan import StepPlan
 from mmlm.train.metrics import MetricsLog, peak_memory_bytes
+from mmlm.train.nonfinite_count import NonfiniteCount
 from mmlm.train.train_step import StepResult
 from tests.distributed.launch import run_ranks
 
@@ -91,6 +92,8 @@ def test_lines_of_a_run_and_of_its_resume(tmp_path: Path) -> None:
         "pack_fill": 0.75,
         "padding_share": 0.25,
         "images_per_pack": 1.5,
+        "nonfinite_iterations": 0,
+        "nonfinite_in_a_row": 0,
     }
     assert line["data_wait_seconds"] == 0.5  # the slowest rank
     assert line["tokens_per_second"] == 24 / line["iteration_seconds"]
@@ -151,3 +154,26 @@ def test_a_resume_takes_its_iterations_off_the_board(tmp_path: Path) -> None:
 
 def test_memory_is_in_bytes() -> None:
     assert 5e7 < peak_memory_bytes(CPU) < 1e12  # a python with torch is more than 50 MB
+
+
+def _log_bad(folder: str) -> None:
+    place: Any = SimpleNamespace(rank=dist.get_rank(), device=CPU)
+    log = MetricsLog(Path(folder), place, start_iteration=0, train_iters=9, show_progress=False)
+    bad = StepResult(loss=1.0, grad_norm=float("inf"), learning_rate=1e-5)
+    log.log(plan(0), bad, 0.0, nonfinite=NonfiniteCount(total=3, in_a_row=2))
+    log.close()
+
+
+@pytest.mark.distributed
+def test_what_is_not_finite_is_null_and_counted(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_ranks(1, _log_bad, str(tmp_path))
+    (line,) = read(tmp_path)
+    assert "inf" not in (tmp_path / "metrics.jsonl").read_text().lower(), "JSON has no infinity"
+    assert line["loss"] == 1.0 and line["grad_norm"] is None
+    assert (line["nonfinite_iterations"], line["nonfinite_in_a_row"]) == (3, 2)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Scalars("train/nonfinite_iterations")[0].value == 3
+    assert "train/grad_norm" not in board.Tags()["scalars"]
