@@ -1,9 +1,9 @@
 """Files of torch.save without their tensors in memory: where each lies, and room for one.
 
 Such a file is a zip archive whose records are not compressed: ``data.pkl`` says what the tensors
-are, ``data/0``, ``data/1``, ... are their elements. torch reads it without elements under
-FakeTensorMode and writes it without them under `skip_data`; see the notes on serialization in
-torch's documentation. No code in a file is ever run (``weights_only``).
+are, ``data/0``, ``data/1``, ... are their elements. torch reads it without elements on the device
+meta and writes it without them under `skip_data`; see the notes on serialization in torch's
+documentation. No code in a file is ever run (``weights_only``).
 """
 
 import io
@@ -15,11 +15,13 @@ from typing import Any, BinaryIO, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mmlm.checkpoint.places import Place, contiguous_stride
 
 _ZIP = b"PK\x03\x04"
+
+_META_READS_NOTHING = hasattr(torch.serialization, "_is_meta_location")
+"""Since torch 2.11 (pytorch/pytorch#170619); before, elements are read and thrown away."""
 
 
 def is_zip(file: Path) -> bool:
@@ -39,8 +41,7 @@ def named_places(file: Path) -> dict[str, Place]:
         pickle.UnpicklingError: when there is code in it.
         RuntimeError: when it is damaged.
     """
-    with FakeTensorMode():
-        content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    content = _load_without_elements(file)
     refuse_other_content(content)
     return {name: _place(tensor, _offset(tensor)) for name, tensor in content.items()}
 
@@ -79,10 +80,7 @@ class PlaceFinder:
             record = archive.getinfo(name.removesuffix("data.pkl") + "data/0")
             if pickled not in self._known:
                 window.seek(0)
-                with FakeTensorMode():
-                    self._known[pickled] = _place(
-                        torch.load(cast(BinaryIO, window), weights_only=True), 0
-                    )
+                self._known[pickled] = _place(_load_without_elements(cast(BinaryIO, window)), 0)
             place = self._known[pickled]
             if place.extent_bytes > record.file_size:
                 raise ValueError(f"{record.file_size} bytes for {place}")
@@ -142,8 +140,18 @@ def _place(tensor: Tensor, storage_offset: int) -> Place:
     )
 
 
+def _load_without_elements(file: Path | BinaryIO) -> Any:
+    if _META_READS_NOTHING:
+        return torch.load(file, map_location="meta", weights_only=True)
+    # late: entering this mode imports torch's compiler, more than a second
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def _offset(tensor: Tensor) -> int:
-    """Where the file has the elements; documented for loading under FakeTensorMode."""
+    """Where the file has the elements, as both ways of loading without them say."""
     offset = tensor.untyped_storage()._checkpoint_offset
     assert offset is not None
     return offset
