@@ -57,7 +57,7 @@ def finetune() -> RunConfig:
             adam_eps=1e-8,
             clip_grad=1.0,
         ),
-        checkpoint=CheckpointConfig(save_interval=200, keep=3),
+        checkpoint=CheckpointConfig(save_interval=200, save_total_limit=3),
     )
 
 
@@ -101,6 +101,6 @@ def tiny() -> RunConfig:
         ),
         optimizer=OptimizerConfig(lr=1.5e-3, lr_warmup_fraction=0.1, adam_beta2=0.95),
         checkpoint=CheckpointConfig(
-            load="work_dirs/demo_cache/converted", save_interval=300, keep=2
+            load="work_dirs/demo_cache/converted", save_interval=300, save_total_limit=2
         ),
     )

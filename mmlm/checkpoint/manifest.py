@@ -3,6 +3,7 @@
 ```
 ROOT/latest                    text: the newest complete iteration, e.g. iter_0000200
 ROOT/iter_0000200/mmlm.json    the manifest
+ROOT/iter_0000200/integrity.json   sizes and checksums of all files, see integrity.py
 ROOT/iter_0000200/hf_assets/   tokenizer and config.json files of the HuggingFace parts
 ROOT/iter_0000200/...          tensors, see storage.py
 ```
@@ -27,6 +28,10 @@ LATEST_FILE = "latest"
 ASSETS_DIR = "hf_assets"
 FORMAT_VERSION = 1
 _ITERATION = re.compile(r"iter_(\d{7,})")
+
+
+class UnknownFormatError(CheckpointError):
+    """A manifest that is not damaged, but of another version of mmlm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +92,11 @@ def read_manifest_json(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: missing; not a checkpoint of mmlm") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: damaged: {error}") from error
-    version = content.get("format_version") if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: damaged: not an object, so format_version is None")
+    version = content.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointError(
+        raise UnknownFormatError(
             f"{file}: format_version is {version!r}, this version of mmlm reads {FORMAT_VERSION}"
         )
     return dict(content)
@@ -162,7 +169,8 @@ def publish(tmp_dir: Path, root: Path, iteration: int) -> Path:
     """Make a complete checkpoint visible: to disk, renamed, then named by ``latest``.
 
     Called by one rank, after all ranks have written. A checkpoint of the same iteration is
-    replaced.
+    replaced. What needs room on the disk is done before anything is renamed; when renaming fails,
+    the earlier checkpoint of that iteration has its name again.
 
     Returns:
         The iteration's directory.
@@ -170,37 +178,100 @@ def publish(tmp_dir: Path, root: Path, iteration: int) -> Path:
     _fsync_tree(tmp_dir)
     final = root / iteration_name(iteration)
     aside = _aside(root, final.name)
-    if final.exists():
+    unfinished = _write_name(final)
+    replaces = final.exists()
+    if replaces:
         _remove(aside)
         final.rename(aside)
-    tmp_dir.rename(final)
+    try:
+        tmp_dir.rename(final)
+    except OSError:
+        if replaces:
+            aside.rename(final)
+        raise
     _fsync(root)
-    unfinished = root / f".{LATEST_FILE}.tmp"
-    unfinished.write_text(final.name + "\n", encoding="utf-8")
-    _fsync(unfinished)
     os.replace(unfinished, root / LATEST_FILE)
     _fsync(root)
     _remove(aside)
     return final
 
 
-def prune(root: Path, keep: int) -> list[Path]:
+def name_latest(directory: Path) -> None:
+    """Have ``latest`` name one of the checkpoints beside it; called by one rank."""
+    os.replace(_write_name(directory), directory.parent / LATEST_FILE)
+    _fsync(directory.parent)
+
+
+def prune(root: Path, save_total_limit: int) -> list[Path]:
     """Delete the oldest checkpoints; called by one rank, after `publish`.
 
     Args:
         root: folder of the checkpoints.
-        keep: how many of the newest stay; 0 keeps all. The one that ``latest`` names always stays.
+        save_total_limit: how many of the newest stay; 0 keeps all. The one that ``latest`` names,
+            the newest complete one, always stays.
 
     Returns:
         What was deleted.
     """
-    if keep == 0:
+    if save_total_limit == 0:
         return []
     current = resolve(root)
-    old = [each for each in iterations(root)[:-keep] if each != current]
+    old = [each for each in iterations(root)[:-save_total_limit] if each != current]
     for each in old:
-        _remove(each)
+        doomed = root / f".{each.name}.deleted"  # a kill leaves no half of it under its name
+        remove_directory(doomed)
+        each.rename(doomed)
+        remove_directory(doomed)
     return old
+
+
+def tidy(root: Path) -> None:
+    """Remove what killed saves have left; called by one rank of the only run on this folder.
+
+    A checkpoint that was being replaced, with nothing in its place, gets its name back.
+    """
+    for each in sorted(root.glob(".iter_*")) if root.is_dir() else ():
+        name, _, kind = each.name.removeprefix(".").partition(".")
+        if not _ITERATION.fullmatch(name):
+            continue
+        if kind == "replaced" and not (root / name).exists() and (each / MANIFEST_FILE).is_file():
+            each.rename(root / name)
+        elif kind in ("replaced", "tmp", "deleted"):
+            remove_directory(each)
+    (root / f".{LATEST_FILE}.tmp").unlink(missing_ok=True)
+
+
+def named_iterations(root: Path) -> list[Path]:
+    """Every directory with the name of an iteration, complete or not, in the order of trust.
+
+    The one that ``latest`` names comes first, also when it is not there; then from the newest to
+    the oldest.
+    """
+    found = [
+        (int(match.group(1)), each)
+        for each in (root.iterdir() if root.is_dir() else ())
+        if (match := _ITERATION.fullmatch(each.name)) and each.is_dir()
+    ]
+    newest_first = [each for _, each in sorted(found, reverse=True)]
+    latest = root / LATEST_FILE
+    name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
+    if not _ITERATION.fullmatch(name):
+        return newest_first
+    return [root / name, *(each for each in newest_first if each.name != name)]
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory that nothing takes for a checkpoint; nothing if it is not there."""
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _write_name(directory: Path) -> Path:
+    """The next ``latest`` under a temporary name."""
+    file = directory.parent / f".{LATEST_FILE}.tmp"
+    file.write_text(directory.name + "\n", encoding="utf-8")
+    _fsync(file)
+    return file
 
 
 def _aside(root: Path, name: str) -> Path:

@@ -1,13 +1,12 @@
 """What a checkpoint says of its tensors, without megatron-core, whose import takes seconds."""
 
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from mmlm.checkpoint.safe_pickle import read_metadata_file
 from mmlm.errors import CheckpointError
 
 
@@ -43,7 +42,4 @@ def read_metadata(directory: Path) -> Metadata:
                 f"{directory}: not a complete checkpoint, {name} is missing; "
                 "give an iteration's directory or the folder that holds `latest`"
             )
-    try:
-        return dcp.FileSystemReader(directory).read_metadata()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, ImportError) as error:
-        raise CheckpointError(f"{directory / '.metadata'}: damaged: {error}") from error
+    return read_metadata_file(directory / ".metadata")

@@ -29,6 +29,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from torch import Tensor
 
+KEY_PREFIX = "optimizer.state."
+"""Of the keys on disk. What `optimizer_sharded_state` describes under them to be saved are copies
+of its own, which no later step of the optimizer changes."""
+
 STATES = ("param", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter: fp32 main weight and Adam's two moments."""
 
@@ -211,7 +215,7 @@ def _describe(
     described = {}
     for name, values in zip(STATES, whole, strict=True):
         changes: dict[str, Any] = {
-            "key": f"optimizer.state.{name}.{entry.key}",
+            "key": f"{KEY_PREFIX}{name}.{entry.key}",
             "data": values.view(entry.data.shape),
             "replica_id": replica_id,
         }

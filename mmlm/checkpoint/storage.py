@@ -1,39 +1,22 @@
-"""Tensors on disk: megatron-core's dist_checkpointing, written in this process.
+"""Tensors on disk: megatron-core's dist_checkpointing, written in this process (`shard_writer`)."""
 
-The files are those of megatron-core's `torch_dist` format and any megatron-core reads them. Only
-the writing differs: its own writer forks processes, starts a spawned manager to collect their
-results (seconds a rank, an orphan after a kill, a hang without psutil) and holds every tensor until
-the last is written. `StreamingSaveStrategy` writes one tensor after the other, in the calling
-process. `streamed` writes the same files of tensors that no process holds.
-"""
-
-import io
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
-from megatron.core.dist_checkpointing.strategies.base import SaveShardedStrategy
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from mmlm.checkpoint.metadata import TensorInfo, tensor_infos
+from mmlm.checkpoint.metadata import TensorInfo, read_metadata, tensor_infos
+from mmlm.checkpoint.safe_pickle import refuse_code
+from mmlm.checkpoint.shard_writer import one_line, plan_shards
 from mmlm.errors import CheckpointError, MmlmError
 
 
@@ -47,14 +30,10 @@ def save_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> None
     Raises:
         CheckpointError: on all ranks, when writing failed on any of them.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    with _readable_errors(f"{directory}: the checkpoint could not be written"):
-        dist_checkpointing.save(
-            dict(sharded_state_dict),
-            str(directory),
-            sharded_strategy=StreamingSaveStrategy(),
-        )
+    with readable_errors(f"{directory}: the checkpoint could not be written"):
+        writer = plan_shards(sharded_state_dict, directory)
+        writer.write()
+        writer.finish()
 
 
 def load_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -76,61 +55,10 @@ def load_sharded(sharded_state_dict: Mapping[str, Any], directory: Path) -> dict
     """
     stored = tensor_infos(directory)
     _refuse_everywhere(directory, _mismatches(sharded_state_dict, stored))
-    with _readable_errors(f"{directory}: the checkpoint could not be read"):
+    _refuse_code(sharded_state_dict, directory)
+    with readable_errors(f"{directory}: the checkpoint could not be read"):
         loaded: dict[str, Any] = dist_checkpointing.load(dict(sharded_state_dict), str(directory))
         return loaded
-
-
-class StreamingSaveStrategy(SaveShardedStrategy):
-    """Writes megatron-core's `torch_dist` format synchronously, one tensor after the other."""
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-
-    @property
-    def can_handle_sharded_objects(self) -> bool:
-        """ShardedObjects are written like tensors, as megatron-core's own strategy does."""
-        return True
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: str | Path) -> None:
-        """Write this rank's main replicas; collective."""
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            mcore_to_pyt_state_dict(by_key, False),
-            storage_writer=_StreamingWriter(checkpoint_dir),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-        )
-
-
-class _StreamingWriter(dcp.FileSystemWriter):
-    """One file a rank, holding one tensor at a time (torch's keeps all of them until the end)."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        results: list[WriteResult] = []
-        if plan.items:
-            name = f"{plan.storage_data.prefix}0.distcp"
-            with open(Path(self.path) / name, "wb") as stream:
-                for item in plan.items:
-                    start = stream.tell()
-                    self._write(stream, item, planner)
-                    length = stream.tell() - start
-                    place = _StorageInfo(name, start, length)
-                    results.append(WriteResult(item.index, length, place))
-                stream.flush()
-                os.fsync(stream.fileno())
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
-        return done
-
-    def _write(self, stream: BinaryIO, item: WriteItem, planner: SavePlanner) -> None:
-        data = planner.resolve_data(item)
-        if isinstance(data, io.BytesIO):
-            stream.write(data.getbuffer())
-        else:
-            tensor = data.detach().to("cpu")
-            if tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize:
-                tensor = tensor.clone()  # torch.save would write the whole storage behind a view
-            torch.save(tensor, stream)
 
 
 def _mismatches(sharded_state_dict: Mapping[str, Any], stored: dict[str, TensorInfo]) -> list[str]:
@@ -149,6 +77,34 @@ def _mismatches(sharded_state_dict: Mapping[str, Any], stored: dict[str, TensorI
     return problems
 
 
+def _refuse_code(sharded_state_dict: Mapping[str, Any], directory: Path) -> None:
+    """Look into what megatron-core would unpickle, before it does; collective."""
+    problem = None
+    try:
+        _look_for_code(sharded_state_dict, directory)
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    gathered: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, problem)
+    for problem in gathered:
+        if problem is not None:
+            raise CheckpointError(problem)
+
+
+def _look_for_code(sharded_state_dict: Mapping[str, Any], directory: Path) -> None:
+    refuse_code(directory / "common.pt")
+    places = read_metadata(directory).storage_data or {}
+    wanted, _, _ = load_preprocess(dict(sharded_state_dict))
+    for entry in nested_values(wanted):
+        if isinstance(entry, ShardedObject):
+            place = places.get(MetadataIndex(entry.unique_key))
+            if place is not None:
+                with open(directory / place.relative_path, "rb") as stream:
+                    stream.seek(place.offset)
+                    content = stream.read(place.length)
+                refuse_code(f"{directory / place.relative_path}: '{entry.key}'", content)
+
+
 def _refuse_everywhere(directory: Path, problems: list[str]) -> None:
     """Raise on all ranks when any of them found problems, so that none is left waiting."""
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -162,7 +118,7 @@ def _refuse_everywhere(directory: Path, problems: list[str]) -> None:
 
 
 @contextmanager
-def _readable_errors(what: str) -> Iterator[None]:
+def readable_errors(what: str) -> Iterator[None]:
     """Turn torch's and megatron-core's checkpoint errors into a CheckpointError."""
     try:
         yield
@@ -175,14 +131,8 @@ def _readable_errors(what: str) -> Iterator[None]:
             if isinstance(cause, MmlmError):
                 raise CheckpointError(str(cause)) from error
         ranks = ", ".join(
-            f"rank {rank}: {_one_line(cause)}"
-            for rank, (cause, _) in sorted(error.failures.items())
+            f"rank {rank}: {one_line(cause)}" for rank, (cause, _) in sorted(error.failures.items())
         )
         raise CheckpointError(f"{what}: {ranks}") from error
     except (CheckpointingException, OSError) as error:
-        raise CheckpointError(f"{what}: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+        raise CheckpointError(f"{what}: {one_line(error)}") from error

@@ -33,7 +33,7 @@ from mmlm.checkpoint.torch_files import frame_of
 TENSOR_FILE = "__0_0.distcp"
 """What torch calls the one file of rank 0."""
 
-_CONFIG = {
+CONFIG = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
     "common_backend": "torch",
@@ -70,7 +70,7 @@ def write_streamed(directory: Path, tensors: Mapping[str, TensorInfo], source: R
     torch.save({}, directory / "common.pt")
     with open(directory / ".metadata", "wb") as file:
         pickle.dump(_metadata(directory, tensors, places), file)
-    (directory / "metadata.json").write_text(json.dumps(_CONFIG), encoding="utf-8")
+    (directory / "metadata.json").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
 def _metadata(

@@ -18,7 +18,9 @@ examples (on the data and weights that examples/internvl_v1_2/pretrain.sh has ma
         --set parallel.tensor_model_parallel_size=2 \\
         --set parallel.pipeline_model_parallel_size=2
 
-A run that finds a checkpoint in output_dir/checkpoints continues it, in any layout.
+A run that finds a checkpoint in output_dir/checkpoints continues it, in any layout. SIGTERM and
+SIGUSR1 save it and end it with status 0 and output_dir/stopped.json; the same command continues.
+docs/running.md says more.
 """
 
 
@@ -43,7 +45,17 @@ def add_train_parser(commands: Commands) -> None:
         type=int,
         metavar="N",
         help="write a combined HuggingFace folder to output_dir/hf/iter_XXXXXXX every N "
-        "iterations and after the last; as many stay as checkpoint.keep says",
+        "iterations and after the last; as many stay as checkpoint.save_total_limit says",
+    )
+    train.add_argument(
+        "--no-resume",
+        action="store_true",
+        help="refuse to start where output_dir has a checkpoint (checkpoint.resume=false)",
+    )
+    train.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="only algorithms that add in a fixed order (train.deterministic=true)",
     )
     train.set_defaults(run=run_train)
 
@@ -56,7 +68,11 @@ def run_train(options: argparse.Namespace) -> int:
         checkpoint = replace(checkpoint, load="", load_hf=options.load_hf)
     if options.export_hf_every is not None:
         checkpoint = replace(checkpoint, export_hf_interval=options.export_hf_every)
+    if options.no_resume:
+        checkpoint = replace(checkpoint, resume=False)
     config = replace(config, checkpoint=checkpoint)
+    if options.deterministic:
+        config = replace(config, train=replace(config.train, deterministic=True))
     check_run(config)
     # imported inside: --help and configuration errors need no megatron, signals are heard before
     with Stopper(config.train.exit_duration_minutes) as stopper:

@@ -32,6 +32,9 @@ class ParallelConfig:
     """Collect updated weights from the DP ranks while the next forward pass already runs."""
     ddp_bucket_size: int | None = None
     """Parameters in a bucket; None: megatron-core's choice, max(40e6, 1e6 x DP)."""
+    timeout_minutes: float = 10.0
+    """How long no rank may move on before the run ends and names the one that is behind: 3 times as
+    long in the first iteration, 6 times while saving, exporting and evaluating."""
 
     def __post_init__(self) -> None:
         require(
@@ -49,6 +52,9 @@ class ParallelConfig:
                         self.pipeline_model_parallel_size,
                     )
                     >= 2
+                ),
+                f"timeout_minutes {self.timeout_minutes} must be positive": (
+                    self.timeout_minutes > 0
                 ),
                 "overlap_param_gather needs overlap_grad_reduce: the buckets of one are the "
                 "other's": self.overlap_grad_reduce or not self.overlap_param_gather,
@@ -107,6 +113,8 @@ class DataConfig:
     special_literals: Literal["exclude", "tokens"] = "exclude"
     """A text that spells a special token such as ``<img>`` makes its sample broken (exclude), or is
     that token, as published (tokens). ``<box>``, ``<ref>`` and ``<quad>`` always are tokens."""
+    seed: int | None = None
+    """Seed of the data order and of augmentation; None: ``train.seed``."""
 
     def __post_init__(self) -> None:
         require(
@@ -124,6 +132,7 @@ class DataConfig:
                 f"prefetch_iterations {self.prefetch_iterations} must be at least 1": (
                     self.prefetch_iterations >= 1
                 ),
+                f"seed {self.seed} must be at least 0": self.seed is None or self.seed >= 0,
             },
         )
 
@@ -145,7 +154,13 @@ class TrainConfig:
     epochs: int = 1
     """Passes over the data; its last short batch is completed from the start of the epoch."""
     seed: int = 42
-    """Seed of the data order, of drop path and of fresh weights."""
+    """Seed of the run: of the data order, drop path and fresh weights where they have no own."""
+    drop_path_seed: int | None = None
+    """Seed of drop path; None: `seed`."""
+    init_seed: int | None = None
+    """Seed of fresh weights; None: `seed`."""
+    deterministic: bool = False
+    """Only algorithms that add in a fixed order: the same run twice gives the same bits."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Precision of weights and activations; main weights and gradients are always fp32."""
     loss_weight: LossWeight = "token"
@@ -222,7 +237,12 @@ class TrainConfig:
                 f"exit_duration_minutes {self.exit_duration_minutes} must be at least 0": (
                     self.exit_duration_minutes >= 0
                 ),
-                f"seed {self.seed} must be at least 0": self.seed >= 0,
+                **{
+                    f"{name} {getattr(self, name)} must be at least 0": (
+                        getattr(self, name) is None or getattr(self, name) >= 0
+                    )
+                    for name in ("seed", "drop_path_seed", "init_seed")
+                },
                 f"max_nonfinite_iterations {self.max_nonfinite_iterations} must be at least 1": (
                     self.max_nonfinite_iterations >= 1
                 ),
@@ -290,13 +310,23 @@ class CheckpointConfig:
     load_hf: str = ""
     """The same from HuggingFace weights as they are: a combined InternVL-Chat folder, or a folder
     with the parts as ``vision/`` and ``llm/``."""
+    resume: bool = True
+    """Continue the newest checkpoint in ``output_dir``; False: refuse to start where there is one.
+    """
     save_interval: int = 200
     """Iterations between checkpoints; the last iteration is always saved. 0: only the last."""
-    keep: int = 3
-    """Newest checkpoints kept; older ones are deleted after a new one is complete. 0: all."""
+    async_save: bool = True
+    """Whether the training goes on while a checkpoint is written: it stands still only while the
+    tensors are copied to host memory. False: until the checkpoint is complete."""
+    save_total_limit: int = 3
+    """Newest checkpoints kept; older ones are deleted after a new one is complete, and never the
+    newest complete one. 0: all."""
+    verify: bool = True
+    """Whether the checksums of a checkpoint's files are compared before it is loaded; their sizes
+    always are. Reads every byte once more, shared out over the ranks."""
     export_hf_interval: int = 0
     """Iterations between exports: a combined HuggingFace folder in ``<output_dir>/hf``, also after
-    the last iteration, of which as many stay as `keep` says. 0: none."""
+    the last iteration, of which as many stay as `save_total_limit` says. 0: none."""
 
     def __post_init__(self) -> None:
         require(
@@ -306,7 +336,9 @@ class CheckpointConfig:
                     self.load and self.load_hf
                 ),
                 f"save_interval {self.save_interval} must be at least 0": self.save_interval >= 0,
-                f"keep {self.keep} must be at least 0": self.keep >= 0,
+                f"save_total_limit {self.save_total_limit} must be at least 0": (
+                    self.save_total_limit >= 0
+                ),
                 f"export_hf_interval {self.export_hf_interval} must be at least 0": (
                     self.export_hf_interval >= 0
                 ),
@@ -342,3 +374,18 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
+
+    @property
+    def data_seed(self) -> int:
+        """Seed of the data order and of augmentation."""
+        return self.train.seed if self.data.seed is None else self.data.seed
+
+    @property
+    def drop_path_seed(self) -> int:
+        """Seed of drop path."""
+        return self.train.seed if self.train.drop_path_seed is None else self.train.drop_path_seed
+
+    @property
+    def init_seed(self) -> int:
+        """Seed of fresh weights."""
+        return self.train.seed if self.train.init_seed is None else self.train.init_seed

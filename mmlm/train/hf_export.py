@@ -45,7 +45,7 @@ def export_hf(
     assets: Mapping[str, bytes],
     topology: Topology,
     *,
-    keep: int,
+    save_total_limit: int,
 ) -> Path:
     """Write the combined InternVL-Chat folder of the present weights; collective.
 
@@ -59,7 +59,7 @@ def export_hf(
         model: sizes.
         assets: as in a checkpoint, file name -> content; used on rank 0.
         topology: this rank's place.
-        keep: newest exports that stay; 0 for all.
+        save_total_limit: newest exports that stay; 0 for all.
 
     Returns:
         The folder.
@@ -94,7 +94,7 @@ def export_hf(
     def complete() -> Path:
         if failure is not None:
             raise failure
-        _prune(root, keep)
+        _prune(root, save_total_limit)
         return target
 
     return on_rank_zero(complete, group)
@@ -114,9 +114,9 @@ def _stream(
             yield from zip(entry.hf_names, entry.rule.to_hf(tensor), strict=True)
 
 
-def _prune(root: Path, keep: int) -> None:
+def _prune(root: Path, save_total_limit: int) -> None:
     """Delete all but the newest exports."""
     done = [each for each in root.iterdir() if _ITERATION.fullmatch(each.name)]
     done.sort(key=lambda each: int(each.name.removeprefix("iter_")))
-    for each in done[:-keep] if keep else ():
+    for each in done[:-save_total_limit] if save_total_limit else ():
         shutil.rmtree(each)

@@ -50,6 +50,7 @@ class MetricsLog:
         self._topology = topology
         self._start_iteration = start_iteration
         self._clock = time.perf_counter()
+        self._stall_seconds = 0.0  # of checkpoints completed since the last line
         self._outputs: _Outputs | None = None
         if topology.rank == 0:
             self._outputs = _Outputs(output_dir, start_iteration, train_iters, show_progress)
@@ -114,9 +115,11 @@ class MetricsLog:
             "padding_share": plan.padding_share,
             "images_per_pack": plan.num_images / plan.num_rows,
             "peak_memory_bytes": int(memory),
+            "save_stall_seconds": self._stall_seconds,
             "nonfinite_iterations": nonfinite.total,
             "nonfinite_in_a_row": nonfinite.in_a_row,
         }
+        self._stall_seconds = 0.0
         if self._outputs is not None:
             self._outputs.write(line)
             self._outputs.bar.set_postfix_str(
@@ -125,6 +128,12 @@ class MetricsLog:
             )
             self._outputs.bar.update(1)
         return line
+
+    def note_stall(self, iteration: int, seconds: float) -> None:
+        """Record how long the training stood still for the checkpoint of an iteration."""
+        self._stall_seconds += seconds
+        if self._outputs is not None:
+            self._outputs.board.add_scalar("checkpoint/stall_seconds", seconds, iteration - 1)
 
     def log_evaluation(self, iteration: int, report: dict[str, Any]) -> None:
         """Record a held-out evaluation after ``iteration`` iterations (rank 0 writes)."""

@@ -13,6 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mmlm.checkpoint.integrity import refuse_damage
 from mmlm.checkpoint.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from mmlm.checkpoint.storage import load_sharded
 from mmlm.config.checks import check_model
@@ -187,8 +188,14 @@ def build_chunks(
                 f"in {start.hf_dir}"
             )
     elif start.checkpoint is None:
-        initialize_weights(chunks, topology.groups, config.train.seed)
+        initialize_weights(chunks, topology.groups, config.init_seed)
     else:
+        if not start.resumes:  # of a run's own checkpoints one was chosen that is not damaged
+            refuse_damage(
+                start.checkpoint,
+                checksums=config.checkpoint.verify,
+                group=topology.control_group,
+            )
         loaded = load_sharded({"model": model_state(chunks, topology.groups)}, start.checkpoint)
         load_weights(chunks, topology.groups, loaded["model"])
     return plan, chunks

@@ -4,15 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch.distributed as dist
+
 from mmlm.checkpoint.assets import read_assets
+from mmlm.checkpoint.fallback import find_intact, set_damaged_aside
 from mmlm.checkpoint.manifest import ASSETS_DIR, LATEST_FILE, Manifest, iterations, resolve
-from mmlm.config.load import to_json
 from mmlm.config.model import ModelConfig
+from mmlm.config.resume import changed_settings
 from mmlm.config.schema import RunConfig
 from mmlm.conversion.assets import write_assets
 from mmlm.conversion.hf_weights import HFWeights, open_weights
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
+from mmlm.parallel.agreement import on_rank_zero
 from mmlm.train.nonfinite_count import NonfiniteCount
 
 
@@ -69,10 +73,35 @@ def checkpoint_root(config: RunConfig) -> Path:
     return Path(config.output_dir) / "checkpoints"
 
 
-def find_start(config: RunConfig) -> Start:
+def agree_on_start(config: RunConfig, group: dist.ProcessGroup) -> Start:
+    """Decide where the run begins, going back where its newest checkpoint is damaged; collective.
+
+    Args:
+        config: of the run, which nobody else is running.
+        group: all ranks over gloo.
+
+    Raises:
+        MmlmError: on all ranks, as `find_start`, or when no checkpoint of the run is intact.
+    """
+    found = find_intact(checkpoint_root(config), checksums=config.checkpoint.verify, group=group)
+
+    def decide() -> Start:
+        start = find_start(config, None if found is None else found.path)
+        if found is not None:
+            set_damaged_aside(found)
+        return start
+
+    return on_rank_zero(decide, group)
+
+
+def find_start(config: RunConfig, own: Path | None = None) -> Start:
     """Decide where the run begins: its own newest checkpoint, else what is named, else fresh.
 
     Named are ``checkpoint.load`` or ``checkpoint.load_hf``; a run that resumes ignores both.
+
+    Args:
+        config: of the run.
+        own: which of its own checkpoints; by default the one that ``latest`` names.
 
     Raises:
         CheckpointError: if a named checkpoint cannot be used.
@@ -80,12 +109,17 @@ def find_start(config: RunConfig) -> Start:
     """
     root = checkpoint_root(config)
     # a kill while an iteration is replaced can leave `latest` and the set-aside checkpoint alone
-    resumes = bool(iterations(root)) or (root / LATEST_FILE).is_file()
+    resumes = own is not None or bool(iterations(root)) or (root / LATEST_FILE).is_file()
+    if resumes and not config.checkpoint.resume:
+        raise ConfigError(
+            f"{root} has checkpoints, and checkpoint.resume is false (--no-resume): use another "
+            "output_dir, move or delete that folder, or leave --no-resume out to continue the run"
+        )
     if not resumes and not (config.checkpoint.load or config.checkpoint.load_hf):
         if config.model is None:
             raise ConfigError("model is not given and there is no checkpoint to read it from")
         return Start(checkpoint=None, manifest=None, resumes=False, model=config.model)
-    start = _start_from_checkpoint(root, resumes=True) if resumes else named_start(config)
+    start = _start_from_checkpoint(own or root, resumes=True) if resumes else named_start(config)
     if config.model is not None and config.model != start.model:
         raise ConfigError(
             f"model in the recipe differs from the model in {start.checkpoint or start.hf_dir}: "
@@ -127,27 +161,14 @@ def _start_from_checkpoint(path: Path, *, resumes: bool) -> Start:
     return Start(checkpoint=checkpoint, manifest=manifest, resumes=resumes, model=manifest.model)
 
 
-_FIXED_SETTINGS = (
-    "train.global_batch_size",
-    "train.seed",
-    "train.loss_weight",
-    "train.loss_group_size",
-    "train.dtype",
-    "data.seq_length",
-    "data.packing",
-)
-"""What decides the order of the data and the arithmetic, and so cannot change within a run."""
-
-
 def _refuse_changes(config: RunConfig, manifest: Manifest, checkpoint: Path) -> None:
-    """Refuse to resume with settings that would repeat or skip samples or change the loss."""
-    before, now = manifest.run_config or {}, to_json(config)
-    changes = []
-    for key in _FIXED_SETTINGS:
-        section, field = key.split(".")
-        old = before.get(section, {}).get(field)
-        if old != now[section][field]:
-            changes.append(f"{key} was {old} and is {now[section][field]}")
+    """Refuse to resume with settings that change what is computed; see `mmlm.config.resume`."""
+    changes = changed_settings(manifest.run_config or {}, config)
+    kept = checkpoint / ASSETS_DIR
+    if config.data.tokenizer and (kept / "tokenizer.model").is_file():
+        given = Path(config.data.tokenizer)
+        if Tokenizer(given).fingerprint != Tokenizer(kept).fingerprint:
+            changes.append(f"data.tokenizer {given} encodes otherwise than {kept}")
     if changes:
         raise ConfigError(
             f"{checkpoint} cannot be resumed with other settings: {'; '.join(changes)}. Set them "

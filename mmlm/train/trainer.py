@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmlm.checkpoint.manifest import Manifest, iterations
-from mmlm.checkpoint.save_load import save_checkpoint
 from mmlm.config.load import to_json, write_resolved
 from mmlm.config.schema import RunConfig
 from mmlm.data.dataset import Dataset
@@ -22,6 +21,7 @@ from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
 from mmlm.parallel.topology import Topology
 from mmlm.train.bad_numbers import BadNumbers
+from mmlm.train.determinism import make_deterministic
 from mmlm.train.evaluate import evaluate
 from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
 from mmlm.train.hf_export import export_hf
@@ -29,6 +29,7 @@ from mmlm.train.metrics import MetricsLog
 from mmlm.train.nonfinite_count import NonfiniteCount
 from mmlm.train.optimizer import gather_parameters
 from mmlm.train.run_guard import guard_run
+from mmlm.train.saver import Saver
 from mmlm.train.setup import (
     TrainingState,
     build_training,
@@ -40,10 +41,17 @@ from mmlm.train.setup import (
     training_state_dict,
 )
 from mmlm.train.spike_log import SpikeLog
-from mmlm.train.start import Start, checkpoint_root, find_start, load_assets, load_tokenizer
+from mmlm.train.start import (
+    Start,
+    agree_on_start,
+    checkpoint_root,
+    load_assets,
+    load_tokenizer,
+)
 from mmlm.train.stop import Stopper, StopRequested, remove_marker, write_marker
 from mmlm.train.summary import describe_run, parameter_counts
 from mmlm.train.train_step import train_step
+from mmlm.train.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,8 @@ def train(
         MmlmError: for anything that the user can mend.
     """
     stopper = stopper or Stopper(config.train.exit_duration_minutes)
+    if config.train.deterministic:
+        make_deterministic()
     with _guarded(config, topology):
         try:
             run = prepare(config, topology, backend, stopper)
@@ -125,23 +135,27 @@ def _iterate(run: Run, stopper: Stopper) -> None:
         output_dir=Path(config.output_dir),
         limit=config.train.max_nonfinite_iterations,
     )
-    with BatchLoader(
-        run.dataset,
-        run.planner,
-        data_parallel_rank=topology.dp_rank,
-        end_iteration=run.train_iters,
-        seed=config.train.seed,
-        with_pixels=run.decodes,
-        num_workers=config.data.num_workers,
-        prefetch_iterations=config.data.prefetch_iterations,
-        pad_to_multiple_of=config.parallel.token_multiple,
-        pin_memory=topology.device.type == "cuda",
-    ) as loader:
+    saver = Saver(
+        checkpoint_root(config),
+        config.checkpoint,
+        assets=run.assets,
+        group=topology.control_group,
+        say=metrics.say,
+        note_stall=metrics.note_stall,
+    )
+    watch = Watch(
+        topology,
+        timeout_minutes=config.parallel.timeout_minutes,
+        first_iteration=run.start.iteration,
+    )
+    with watch, _loader(run) as loader:
         for iteration in range(run.start.iteration, run.train_iters):
+            watch.at("data", iteration)
             waiting = time.perf_counter()
             plan, batches = loader.batches(iteration)
             waited = time.perf_counter() - waiting
-            forward_step = _forward_step(run, iteration)
+            forward_step = watch.counting(_forward_step(run, iteration))
+            watch.at("forward-backward", iteration)
             result = train_step(
                 run.state.model,
                 run.state.optimizer,
@@ -149,21 +163,46 @@ def _iterate(run: Run, stopper: Stopper) -> None:
                 forward_step,
                 batches,
                 topology,
+                begin_update=lambda: watch.at("optimizer", iteration),  # noqa: B023, called at once
             )
+            watch.at("logging", iteration)
             nonfinite = nonfinite.after(is_finite=result.is_finite)
             metrics.log(plan, result, waited, stopper, nonfinite)
             if spikes is not None:
                 spikes.look(plan, result.loss)
+            if saver.finish_ready():
+                metrics.restart_clock()
+            watch.at("replay", iteration)
             bad_numbers.handle(plan, batches, forward_step, result, nonfinite)
-            _save_and_evaluate(run, metrics, iteration + 1, stopper, nonfinite)
+            watch.at("saving", iteration)
+            _save_and_evaluate(run, saver, metrics, iteration + 1, stopper, nonfinite, watch)
             if stopper.reason is not None:
+                saver.close()
                 metrics.say(
                     f"stopped after iteration {iteration + 1} of {run.train_iters} by "
                     f"{stopper.reason}; the same command continues"
                 )
                 _mark(config, topology, stopper.reason, iteration + 1, run.train_iters)
                 break
+        watch.at("closing", run.train_iters)
+        saver.close()
     metrics.close()
+
+
+def _loader(run: Run) -> BatchLoader:
+    config = run.config
+    return BatchLoader(
+        run.dataset,
+        run.planner,
+        data_parallel_rank=run.topology.dp_rank,
+        end_iteration=run.train_iters,
+        seed=config.data_seed,
+        with_pixels=run.decodes,
+        num_workers=config.data.num_workers,
+        prefetch_iterations=config.data.prefetch_iterations,
+        pad_to_multiple_of=config.parallel.token_multiple,
+        pin_memory=run.topology.device.type == "cuda",
+    )
 
 
 @contextmanager
@@ -199,7 +238,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend, stopper: St
         StopRequested: on every rank, when `stopper` says so before the first iteration.
         MmlmError: for anything that the user can mend.
     """
-    start = on_rank_zero(lambda: find_start(config), topology.control_group)
+    start = agree_on_start(config, topology.control_group)
     tokenizer = on_rank_zero(lambda: load_tokenizer(config, start), topology.control_group)
     assets = on_rank_zero(lambda: load_assets(config, start), topology.control_group)
     check_data(config, start, tokenizer)
@@ -211,7 +250,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend, stopper: St
     stopper.raise_if_agreed(topology.control_group)
     planner = TrainPlanner(
         table=dataset.table,
-        seed=config.train.seed,
+        seed=config.data_seed,
         global_batch_size=config.train.global_batch_size,
         seq_length=config.data.seq_length,
         micro_batch_size=config.train.micro_batch_size,
@@ -255,7 +294,7 @@ def prepare(config: RunConfig, topology: Topology, backend: Backend, stopper: St
 
 def _forward_step(run: Run, iteration: int) -> ForwardStep:
     drop_path = DropPath(
-        seed=run.config.train.seed,
+        seed=run.config.drop_path_seed,
         iteration=iteration,
         max_rate=run.config.train.vision_drop_path_rate,
         mode=run.config.train.vision_drop_path_mode,
@@ -264,7 +303,13 @@ def _forward_step(run: Run, iteration: int) -> ForwardStep:
 
 
 def _save_and_evaluate(
-    run: Run, metrics: MetricsLog, done: int, stopper: Stopper, nonfinite: NonfiniteCount
+    run: Run,
+    saver: Saver,
+    metrics: MetricsLog,
+    done: int,
+    stopper: Stopper,
+    nonfinite: NonfiniteCount,
+    watch: Watch,
 ) -> None:
     """Do what is due after ``done`` iterations; collective.
 
@@ -279,20 +324,44 @@ def _save_and_evaluate(
     if saves or exports or evaluates or stopper.reason is not None:
         gather_parameters(run.state.model)
     if saves or stopper.reason is not None:
-        _save(run, metrics, done, stopper, nonfinite)
+        _save(run, saver, metrics, done, stopper, nonfinite)
         saves = True
     if exports and (is_last or stopper.reason is None):
+        watch.at("exporting", done - 1)
         _export(run, metrics, done, stopper)
     if evaluates and (is_last or stopper.reason is None):
+        watch.at("evaluation", done - 1)
         _evaluate(run, metrics, done, stopper)
     if stopper.reason is not None and not saves:
-        _save(run, metrics, done, stopper, nonfinite)
+        _save(run, saver, metrics, done, stopper, nonfinite)
 
 
 def _save(
-    run: Run, metrics: MetricsLog, done: int, stopper: Stopper, nonfinite: NonfiniteCount
+    run: Run,
+    saver: Saver,
+    metrics: MetricsLog,
+    done: int,
+    stopper: Stopper,
+    nonfinite: NonfiniteCount,
 ) -> None:
-    metrics.say(f"saved {save(run, done, nonfinite)}")
+    """Begin a save; one that nothing follows is complete on return. Collective."""
+    config, state = run.config, run.state
+    manifest = Manifest(
+        iteration=done,
+        consumed_samples=consumed_samples(done, config.train.global_batch_size),
+        dtype=config.train.dtype,
+        model=run.start.model,
+        run_config=to_json(config),
+        data=data_fingerprint(run.dataset),
+        nonfinite_iterations=nonfinite.total,
+        nonfinite_in_a_row=nonfinite.in_a_row,
+        has_optimizer=True,
+    )
+    saver.save(
+        manifest,
+        lambda: training_state_dict(state.chunks, state.optimizer, run.topology, is_loading=False),
+        is_last=done == run.train_iters or stopper.reason is not None,
+    )
     metrics.restart_clock()
     stopper.agree(run.topology.control_group)
 
@@ -305,7 +374,7 @@ def _export(run: Run, metrics: MetricsLog, done: int, stopper: Stopper) -> None:
         run.start.model,
         run.assets,
         run.topology,
-        keep=run.config.checkpoint.keep,
+        save_total_limit=run.config.checkpoint.save_total_limit,
     )
     metrics.say(f"exported {folder}")
     metrics.restart_clock()
@@ -334,31 +403,3 @@ def _evaluate(run: Run, metrics: MetricsLog, done: int, stopper: Stopper) -> Non
 
 def _due(done: int, interval: int) -> bool:
     return interval > 0 and done % interval == 0
-
-
-def save(run: Run, iteration: int, nonfinite: NonfiniteCount) -> Path:
-    """Save after ``iteration`` iterations, of which some may have changed nothing; collective.
-
-    Returns:
-        The checkpoint's directory.
-    """
-    config, topology = run.config, run.topology
-    manifest = Manifest(
-        iteration=iteration,
-        consumed_samples=consumed_samples(iteration, config.train.global_batch_size),
-        dtype=config.train.dtype,
-        model=run.start.model,
-        run_config=to_json(config),
-        data=data_fingerprint(run.dataset),
-        nonfinite_iterations=nonfinite.total,
-        nonfinite_in_a_row=nonfinite.in_a_row,
-        has_optimizer=True,
-    )
-    return save_checkpoint(
-        checkpoint_root(config),
-        training_state_dict(run.state.chunks, run.state.optimizer, topology, is_loading=False),
-        manifest,
-        assets=run.assets,
-        keep=config.checkpoint.keep,
-        control_group=topology.control_group,
-    )

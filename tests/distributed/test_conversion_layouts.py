@@ -95,7 +95,7 @@ def through_a_model(
         load_weights(chunks, place.groups, loaded["model"])
         counts.append(sum(each.numel() for chunk in chunks for each in chunk.parameters()))
         again = model_state(chunks, place.groups)
-        save_checkpoint(target, {"model": again}, manifest, assets={}, keep=0)
+        save_checkpoint(target, {"model": again}, manifest, assets={}, save_total_limit=0)
     return counts
 
 

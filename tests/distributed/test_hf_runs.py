@@ -88,9 +88,17 @@ def runs(world: Path) -> Runs:
     found = Runs(world / "run_converted", world / "run_direct")
     load, load_hf = str(world / "converted"), str(world / "hf")
     for run in (
-        config(world, found.converted, 2, OVERLAP, load=load, save_interval=1, keep=0),
+        config(world, found.converted, 2, OVERLAP, load=load, save_interval=1, save_total_limit=0),
         # the first export comes alone, the second with a checkpoint
-        config(world, found.direct, 2, OVERLAP, load_hf=load_hf, export_hf_interval=1, keep=0),
+        config(
+            world,
+            found.direct,
+            2,
+            OVERLAP,
+            load_hf=load_hf,
+            export_hf_interval=1,
+            save_total_limit=0,
+        ),
     ):
         run_ranks(2, train_rank, run)
     return found
@@ -155,7 +163,7 @@ def test_a_resumed_run_ignores_the_folder_and_exports_in_its_own_layout(
         layout,
         load_hf=str(tmp_path / "gone"),
         export_hf_interval=2,
-        keep=2,
+        save_total_limit=2,
     )
     run_ranks(4, train_rank, run)
     names = ["iter_0000002", "iter_0000003"]

@@ -95,7 +95,7 @@ def config(
             }
         ),
         optimizer=OptimizerConfig(lr=1e-3, adam_eps=1e-6),
-        checkpoint=CheckpointConfig(load=str(world / "start"), save_interval=3, keep=0),
+        checkpoint=CheckpointConfig(load=str(world / "start"), save_interval=3, save_total_limit=0),
     )
 
 
@@ -229,7 +229,7 @@ def test_assets_survive_the_checkpoint_that_the_run_resumed_from(
     middle = "iter_0000003"
     shutil.copytree(uninterrupted / "checkpoints" / middle, tmp_path / "checkpoints" / middle)
     run = config(world, tmp_path)
-    run = replace(run, checkpoint=replace(run.checkpoint, save_interval=1, keep=1))
+    run = replace(run, checkpoint=replace(run.checkpoint, save_interval=1, save_total_limit=1))
     run_ranks(1, train_rank, run)
     (left,) = (tmp_path / "checkpoints").glob("iter_*")
     assert left.name == "iter_0000006"

@@ -61,7 +61,7 @@ def train_words(world: Path, output: Path, **settings: Any) -> list[str]:
         "optimizer.adam_eps": 1e-6,
         "checkpoint.load": world / "start",
         "checkpoint.save_interval": SAVE_INTERVAL,
-        "checkpoint.keep": SAVE_TOTAL_LIMIT,
+        "checkpoint.save_total_limit": SAVE_TOTAL_LIMIT,
         "checkpoint.export_hf_interval": EXPORT_INTERVAL,
         **{name.replace("__", "."): value for name, value in settings.items()},
     }
@@ -115,7 +115,7 @@ class Outcome:
 
 def run_truth(world: Path, output: Path, layout: Layout) -> None:
     """Train without a fault, and keep every checkpoint."""
-    words = train_words(world, output, **layout.settings, checkpoint__keep=0)
+    words = train_words(world, output, **layout.settings, checkpoint__save_total_limit=0)
     ended = attempt(words, layout.world_size, output.with_name(f"{output.name}_logs"))
     assert set(ended.exit_codes) == {0}, ended.output
 

@@ -41,7 +41,7 @@ def _save(root: str, iteration: int, assets: dict[str, bytes], keep: int) -> str
             state(data),
             manifest,
             assets=assets,
-            keep=keep,
+            save_total_limit=keep,
             control_group=place.control_group if iteration % 2 else None,
         )
     except MmlmError as error:

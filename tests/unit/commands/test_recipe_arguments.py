@@ -17,10 +17,10 @@ def parse(*words: str) -> argparse.Namespace:
 @pytest.mark.parametrize("before", [{"load": "other"}, {"load_hf": "other"}, {}])
 @pytest.mark.parametrize("option", ["--load", "--load-hf"])
 def test_the_named_weights_and_no_others(before: dict[str, str], option: str) -> None:
-    run = RunConfig(checkpoint=CheckpointConfig(keep=7, **before))  # type: ignore[arg-type]
+    run = RunConfig(checkpoint=CheckpointConfig(save_total_limit=7, **before))  # type: ignore[arg-type]
     found = with_weights(run, parse(option, "here")).checkpoint
     expected = {option.removeprefix("--").replace("-", "_"): "here"}
-    assert found == CheckpointConfig(keep=7, **expected)  # type: ignore[arg-type]
+    assert found == CheckpointConfig(save_total_limit=7, **expected)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("words", [(), ("--load", "a", "--load-hf", "b")])

@@ -14,7 +14,7 @@ from mmlm.config.schema import CheckpointConfig, DataConfig, RunConfig
 
 def run():
     return RunConfig(
-        data=DataConfig(meta={meta!r}), checkpoint=CheckpointConfig(load="named", keep=5)
+        data=DataConfig(meta={meta!r}), checkpoint=CheckpointConfig(load="named", save_total_limit=5)
     )
 """
 
@@ -51,7 +51,7 @@ def test_flags_take_the_place_of_settings(
     recipe = tmp_path / "recipe.py"
     recipe.write_text(RECIPE.format(meta=str(tmp_path / "meta.json")))
     assert cli.main(["train", "--recipe", f"{recipe}:run", *words]) == 0
-    assert seen == [CheckpointConfig(**{"keep": 5, **expected})]
+    assert seen == [CheckpointConfig(**{"save_total_limit": 5, **expected})]
 
 
 def test_an_interval_below_nothing_is_refused(

@@ -186,7 +186,9 @@ def test_override_that_cannot_be_used(override: str, message: str) -> None:
 
 def test_unknown_field_lists_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"\(all: load, load_hf, save_interval, keep, export_hf_interval\)"
+        ConfigError,
+        match=r"\(all: load, load_hf, resume, save_interval, async_save, save_total_limit, verify, "
+        r"export_hf_interval\)",
     ):
         apply_overrides(RunConfig(), ["checkpoint.save=1"])
 
@@ -213,7 +215,7 @@ def test_resolved_config_reads_back(tmp_path: Path, model: ModelConfig | None) -
         eval_meta="held_out.json",
         train=TrainConfig(train_iters=7, dtype="fp32", freeze_vision_model=True),
         optimizer=OptimizerConfig(lr=1e-5, min_lr=3e-7),
-        checkpoint=CheckpointConfig(load="there", keep=0),
+        checkpoint=CheckpointConfig(load="there", save_total_limit=0),
     )
     file = tmp_path / "config.json"
     write_resolved(config, file)

@@ -29,7 +29,7 @@ def test_finetune_is_the_published_run() -> None:
     assert config.optimizer.decay == "all"
     assert (config.optimizer.adam_beta1, config.optimizer.adam_beta2) == (0.9, 0.999)
     assert config.optimizer.clip_grad == 1.0
-    assert (config.checkpoint.save_interval, config.checkpoint.keep) == (200, 3)
+    assert (config.checkpoint.save_interval, config.checkpoint.save_total_limit) == (200, 3)
     frozen = (
         config.train.freeze_vision_model,
         config.train.freeze_vision_projection,

@@ -145,7 +145,7 @@ def test_a_resume_with_other_settings_is_refused(config: RunConfig, changed: lis
         "parallel.tensor_model_parallel_size=2",
         "train.micro_batch_size=2",
         "data.num_workers=5",
-        "checkpoint.keep=1",
+        "checkpoint.save_total_limit=1",
         "train.eval_interval=10",
     ],
 )
