@@ -128,6 +128,7 @@ class PackedAttention(MegatronModule):
             packed.max_seqlen_kv,
             softmax_scale=self.softmax_scale,
             causal=self.causal,
+            deterministic=self.config.deterministic_mode,
         )
 
     def _sdpa(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequence) -> Tensor:

@@ -63,6 +63,7 @@ def build_model(
         sequence_parallel=parallel is not None and parallel.uses_sequence_parallel,
         recompute_vision=train.recompute_vision_model,
         recompute_language=train.recompute_language_model,
+        deterministic=train.deterministic,
     )
     chunks = []
     for index, layers in enumerate(plan.chunks[topology.pp_rank :: topology.pp_size]):

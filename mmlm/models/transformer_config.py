@@ -42,6 +42,7 @@ def make_transformer_configs(
     sequence_parallel: bool = False,
     recompute_vision: Recompute = "none",
     recompute_language: Recompute = "none",
+    deterministic: bool = False,
 ) -> TransformerConfigs:
     """Build the configs for a layout.
 
@@ -55,6 +56,7 @@ def make_transformer_configs(
         sequence_parallel: whether the TP ranks share the tokens; needs ``tp_size`` > 1.
         recompute_vision: activations of the tower that are computed again in the backward pass.
         recompute_language: the same for the decoder.
+        deterministic: only algorithms that add in a fixed order.
 
     Returns:
         The two configs, with every fusion off that needs a package we do not require.
@@ -67,6 +69,7 @@ def make_transformer_configs(
         vpp_size=vpp_size,
         dtype=dtype,
         sequence_parallel=sequence_parallel,
+        deterministic=deterministic,
     )
     return TransformerConfigs(
         vision=TransformerConfig(
@@ -120,8 +123,10 @@ def _shared_settings(
     vpp_size: int | None,
     dtype: torch.dtype,
     sequence_parallel: bool,
+    deterministic: bool,
 ) -> dict[str, Any]:
     return {
+        "deterministic_mode": deterministic,
         "tensor_model_parallel_size": tp_size,
         "pipeline_model_parallel_size": pp_size,
         "virtual_pipeline_model_parallel_size": vpp_size,

@@ -77,7 +77,7 @@ def debug_gradients(
     model = wrap_ddp(chunks, topology)
     max_rate = config.train.vision_drop_path_rate if request.drop_path else 0.0
     drop_path = DropPath(
-        seed=config.train.seed,
+        seed=config.drop_path_seed,
         iteration=request.iteration,
         max_rate=max_rate,
         mode=config.train.vision_drop_path_mode,
@@ -121,7 +121,7 @@ def _forward_backward(
         planner,
         data_parallel_rank=topology.dp_rank,
         end_iteration=request.iteration + 1,
-        seed=config.train.seed,
+        seed=config.data_seed,
         with_pixels=model[0].module.pre_process and topology.tp_rank == 0,
         num_workers=config.data.num_workers,
         pad_to_multiple_of=config.parallel.token_multiple,
@@ -154,7 +154,7 @@ def _planner(
     }
     if request.sample_ids is None:
         return TrainPlanner(
-            seed=config.train.seed, global_batch_size=config.train.global_batch_size, **shared
+            seed=config.data_seed, global_batch_size=config.train.global_batch_size, **shared
         )
     _check_ids(request.sample_ids, dataset)
     return SelectionPlanner(selection=request.sample_ids, **shared)
@@ -217,7 +217,8 @@ def _metadata(
         "seq_length": config.data.seq_length,
         "loss_weight": train.loss_weight,
         "vision_drop_path_rate": max_rate,
-        "seed": train.seed,
+        "seed": config.data_seed,
+        "drop_path_seed": config.drop_path_seed,
     }
     if train.loss_weight == "micro_batch_mean":
         settings["loss_group_size"] = train.loss_group_size

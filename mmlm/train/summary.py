@@ -78,6 +78,8 @@ def describe_run(
         f"clip {optimizer.clip_grad:g}",
         f"loss        weight '{config.train.loss_weight}', vision drop path "
         f"{config.train.vision_drop_path_rate:g} ({config.train.vision_drop_path_mode})",
+        f"seeds       data {config.data_seed}, drop path {config.drop_path_seed}, fresh weights "
+        f"{config.init_seed}{', deterministic' if config.train.deterministic else ''}",
         f"output      {config.output_dir}",
         "",
     ]
