@@ -23,6 +23,10 @@ RNG_SEED = 1234
 RANK_ZERO_HOURS = 24
 """How long the others wait while rank 0 measures the data, hours."""
 
+COLLECTIVE_FACTOR = 7
+"""Times ``parallel.timeout_minutes`` that a collective waits for a missing rank: longer than any
+phase of a training may take, so that `mmlm.train.watch` ends it first and names the rank."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -67,7 +71,7 @@ def data_parallel_size(world_size: int, parallel: ParallelConfig) -> int:
     return world_size // model_parallel
 
 
-def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topology:
+def initialize(parallel: ParallelConfig) -> Topology:
     """Start torch.distributed (gloo, or NCCL with CUDA) and build the groups. Collective.
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT`` as torchrun
@@ -76,7 +80,6 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
 
     Args:
         parallel: sizes of the grid.
-        timeout_minutes: how long a collective waits for a missing rank.
 
     Returns:
         This process's place.
@@ -101,7 +104,7 @@ def initialize(parallel: ParallelConfig, timeout_minutes: float = 30.0) -> Topol
             store=None if "MASTER_ADDR" in os.environ else dist.HashStore(),
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timedelta(minutes=COLLECTIVE_FACTOR * parallel.timeout_minutes),
         )
     data_parallel_size(dist.get_world_size(), parallel)
     parallel_state.initialize_model_parallel(

@@ -1,7 +1,7 @@
 """One iteration: forward and backward over all microbatches, clip, AdamW, next learning rate."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,14 +88,25 @@ def train_step(
     forward_step: ForwardStep,
     batches: Sequence[Batch],
     topology: Topology,
+    begin_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Train one iteration; collective.
+
+    Args:
+        model: this rank's wrapped chunks.
+        optimizer: of `make_optimizer`.
+        scheduler: of the learning rate.
+        forward_step: of this iteration.
+        batches: this rank's microbatches.
+        topology: its place.
+        begin_update: called when the gradients are there.
 
     Returns:
         Loss, norm and rate. If the loss or the norm is not finite, which all ranks see alike,
         weights, optimizer state and scheduler are as they were, to the bit.
     """
     loss = forward_backward(model, forward_step, batches, topology)
+    begin_update()
     learning_rate = _learning_rate(optimizer, topology)
     grad_norm = float("nan")
     if math.isfinite(loss):
