@@ -34,10 +34,10 @@ def run():
 PROGRAM = """
 import os, sys, time
 from mmlm.data.loader import BatchLoader
-from mmlm.train import forward_step
 
 rank = int(os.environ.get("RANK", "0"))
-open({folder!r} + f"/pid_{{rank}}", "w").write(str(os.getpid()))
+if __name__ == "__main__":  # data workers import it as well
+    open({folder!r} + f"/pid_{{rank}}", "w").write(str(os.getpid()))
 
 def nap_in_batches(loader, iteration, real=BatchLoader.batches):
     if {fault!r} == "data" and rank == {rank} and iteration >= 3:
@@ -47,7 +47,6 @@ def nap_in_batches(loader, iteration, real=BatchLoader.batches):
     return real(loader, iteration)
 
 BatchLoader.batches = nap_in_batches
-from mmlm.train import trainer
 from mmlm.train.watch import Watch
 
 def nap_in_forward(watch, step, real=Watch.counting):
@@ -59,8 +58,9 @@ def nap_in_forward(watch, step, real=Watch.counting):
     return slow
 
 Watch.counting = nap_in_forward
-from mmlm.cli import main
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    from mmlm.cli import main
+    sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -137,7 +137,8 @@ def training(
     command += [str(program), "train", "--recipe", f"{recipe}:run"]
     if ranks > 1:
         command += ["--set", "parallel.pipeline_model_parallel_size=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     with subprocess.Popen(
