@@ -30,6 +30,9 @@ settings (environment variables)
                          GPUS must be a multiple of TP x PP, what is left is data parallel
   OUTPUT_DIR             checkpoints, logs, metrics.jsonl, TensorBoard files, report
                          (default: work_dirs/internvl_chat_v1_2, demo ..._tiny)
+  STOP_SECONDS           SIGTERM, SIGUSR1 or Ctrl-C lets the training finish its iteration and save, and
+                         this script ends with status 0; what takes longer than so many seconds is
+                         killed (default: 280). A second signal ends everything at once
   FRESH=1                delete an earlier run in OUTPUT_DIR and train again
   DEMO=1                 run the demo even though there are GPUs, and on them
                          (CUDA_VISIBLE_DEVICES="" runs it on the CPU)
@@ -48,6 +51,8 @@ settings for GPUs and Slurm
   PARTITION, SRUN_ARGS   Slurm: partition, and more words for srun
   CPUS_PER_TASK          Slurm: cores of each node's task (default: 10 x GPUS_PER_NODE)
   MASTER_PORT            Slurm: port of the rendezvous on the first node (default: 34229)
+  REQUEUE=1              Slurm: a job that SIGUSR1 or train.exit_duration_minutes has stopped is
+                         requeued (slurm/pretrain.sbatch sets it)
 
 options
   --set a.b=c            replace one field of the recipe, see mmlm/config/schema.py; may be repeated
@@ -103,6 +108,8 @@ read_arguments() {
         --set)
             [[ "${2:-}" == *=* ]] || fail "--set '${2:-}' must read section.field=value"
             overrides+=(--set "$2")
+            # the folder is this script's to know
+            if [[ "$2" == output_dir=* ]]; then OUTPUT_DIR="${2#output_dir=}"; fi
             shift
             ;;
         # This script calls itself under srun.
@@ -114,6 +121,8 @@ read_arguments() {
 }
 
 choose_mode() {
+    # a word in arithmetic would be evaluated, so that nothing but a number may get there
+    if [[ -n "${SLURM_JOB_NUM_NODES:-}" ]]; then require_count SLURM_JOB_NUM_NODES; fi
     gpus_here=$(count_gpus)
     if [[ "${DEMO:-0}" == 1 ]]; then
         mode=demo
@@ -185,6 +194,8 @@ check_settings() {
     if [[ "$mode" == machine ]] || { [[ "$mode" == demo ]] && ((gpus_here > 0)); }; then
         ((GPUS <= gpus_here)) || fail "GPUS=$GPUS, but this machine shows $gpus_here GPUs"
     fi
+    if [[ -n "${STOP_SECONDS:-}" ]]; then require_count STOP_SECONDS; fi
+    [[ "${REQUEUE:-0}" == [01] ]] || fail "REQUEUE='$REQUEUE' must be 0 or 1"
     [[ "${FRESH:-0}" == [01] ]] || fail "FRESH='$FRESH' must be 0 or 1"
     [[ "${DEMO:-0}" == [01] ]] || fail "DEMO='$DEMO' must be 0 or 1"
 }
@@ -204,23 +215,27 @@ make_run_words() {
     )
 }
 
-# Starts one process a GPU (or core). torch.distributed.run ends a failure with a page of its own, so
-# the line that says what is wrong is repeated as the last one.
+# on_this_machine COMMAND WORDS...: one process a GPU (or core). torch.distributed.run ends a failure
+# with a page of its own, so the line that says what is wrong is repeated as the last one.
 on_this_machine() {
-    local messages status=0 cause
+    local messages status=0 cause command
     messages=$(mktemp)
-    python -m torch.distributed.run --standalone --nproc-per-node "$GPUS" -m mmlm "$@" \
-        2> >(tee "$messages" >&2) || status=$?
+    command=(python -m torch.distributed.run "${torchrun_words[@]}" --standalone
+        --nproc-per-node "$GPUS" -m mmlm "$@")
+    if [[ "$1" == train ]]; then
+        rm -f -- "$OUTPUT_DIR/stopped.json"
+        logged "$messages" "$OUTPUT_DIR/training_log.txt" -- "${command[@]}" || status=$?
+        end_of_training "$OUTPUT_DIR" "$status" || true
+    else
+        logged "$messages" -- without_stdout "${command[@]}" || status=$?
+    fi
+    cause=$(first_error "$messages")
+    rm -f -- "$messages"
     if ((status)); then
-        sleep 0.5 # tee may still be writing
-        cause=$(tr '\r' '\n' <"$messages" | grep -A 12 -m 1 '^\(\[rank [0-9]*\] \)\?error: ' |
-            sed '/^[^ ]*Traceback/,$d; /^[WE][0-9]\{4\} /,$d' || true)
-        rm -f "$messages"
         say "mmlm $1 failed${cause:+:
 $cause}"
-        return "$status"
     fi
-    rm -f "$messages"
+    return "$status"
 }
 
 start_afresh() {
@@ -228,10 +243,10 @@ start_afresh() {
     say "FRESH=1: deleting the earlier run in $OUTPUT_DIR"
     local name
     for name in checkpoints tensorboard hf finished demo_world.json metrics.jsonl config.json \
-        report.md loss.png training_log.txt; do
-        rm -rf "${OUTPUT_DIR:?}/$name"
+        report.md loss.png training_log.txt stopped.json; do
+        rm -rf -- "${OUTPUT_DIR:?}/$name"
     done
-    rm -f "$OUTPUT_DIR"/evaluation_*.json
+    rm -f -- "$OUTPUT_DIR"/evaluation_*.json
 }
 
 # ---------------------------------------------------------------------------------------------
@@ -239,7 +254,7 @@ start_afresh() {
 
 # Deletes nothing: a run on other data cannot be continued, and the user decides.
 check_demo_world() {
-    mkdir -p "$OUTPUT_DIR"
+    mkdir -p -- "$OUTPUT_DIR"
     if [[ ! -f "$OUTPUT_DIR/demo_world.json" ]]; then
         [[ ! -e "$OUTPUT_DIR/checkpoints/latest" ]] ||
             fail "$OUTPUT_DIR holds another run; set OUTPUT_DIR to a new folder, or FRESH=1"
@@ -255,7 +270,7 @@ convert_demo() {
         return
     fi
     say "converting the HuggingFace parts"
-    python tools/checkpoint_convert/hf_to_megatron.py \
+    await python tools/checkpoint_convert/hf_to_megatron.py \
         --vision "$DEMO_DIR/pretrained/InternViT-tiny-56px" \
         --llm "$DEMO_DIR/pretrained/Nous-Hermes-2-Yi-tiny" \
         --projector "$DEMO_DIR/pretrained/InternViT-tiny-56px/mlp_projector/hermes_2_yi_34b.pth" \
@@ -270,8 +285,8 @@ evaluate_demo() {
     fi
     say "evaluating $1 on the held-out split"
     on_this_machine evaluate "${run_words[@]}" --load "$1" --data "$DEMO_DIR/held_out.json" \
-        --output "$2.part" >/dev/null
-    mv "$2.part" "$2"
+        --output "$2.part"
+    mv -- "$2.part" "$2"
 }
 
 train_demo() {
@@ -282,7 +297,7 @@ train_demo() {
         return
     fi
     say "training in $GPUS processes; log: $OUTPUT_DIR/training_log.txt"
-    on_this_machine train "${run_words[@]}" 2>&1 | tee -a "$OUTPUT_DIR/training_log.txt" >&2
+    on_this_machine train "${run_words[@]}"
     printf '%s\n' "$wanted" >"$OUTPUT_DIR/finished"
 }
 
@@ -292,7 +307,7 @@ export_demo() {
         return
     fi
     say "exporting to HuggingFace"
-    python tools/checkpoint_convert/megatron_to_hf.py --load "$OUTPUT_DIR/checkpoints" --output "$1"
+    await python tools/checkpoint_convert/megatron_to_hf.py --load "$OUTPUT_DIR/checkpoints" --output "$1"
 }
 
 run_demo() {
@@ -302,7 +317,7 @@ run_demo() {
     export OMP_NUM_THREADS=1
     DEMO_DIR="${DEMO_DIR:-work_dirs/demo_cache}"
     start_afresh
-    python -m examples.internvl_v1_2.demo.world --output "$DEMO_DIR" >&2
+    await python -m examples.internvl_v1_2.demo.world --output "$DEMO_DIR" >&2
     check_demo_world
     convert_demo
     make_run_words "$device" \
@@ -317,7 +332,7 @@ run_demo() {
     after="$OUTPUT_DIR/evaluation_$latest.json"
     evaluate_demo "$OUTPUT_DIR/checkpoints" "$after"
     export_demo "$OUTPUT_DIR/hf/$latest"
-    python -m examples.internvl_v1_2.demo.report --world "$DEMO_DIR" --run "$OUTPUT_DIR" \
+    await python -m examples.internvl_v1_2.demo.report --world "$DEMO_DIR" --run "$OUTPUT_DIR" \
         --before "$before" --after "$after" --checkpoint "$OUTPUT_DIR/checkpoints/$latest" \
         --hf "$OUTPUT_DIR/hf/$latest" --wall-seconds "$SECONDS"
 }
@@ -348,7 +363,7 @@ check_full_inputs() {
 convert_full() {
     [[ ! -f "$LOAD/latest" ]] || return 0
     say "converting the HuggingFace parts into $LOAD (once)"
-    python tools/checkpoint_convert/hf_to_megatron.py --vision "$VISION_MODEL" --llm "$LLM" \
+    await python tools/checkpoint_convert/hf_to_megatron.py --vision "$VISION_MODEL" --llm "$LLM" \
         --projector "$PROJECTOR" --output "$LOAD" --dtype bf16 --overwrite
 }
 
@@ -361,14 +376,15 @@ make_full_words() {
 
 run_machine() {
     start_afresh
-    mkdir -p "$OUTPUT_DIR"
+    mkdir -p -- "$OUTPUT_DIR"
     convert_full
     make_full_words
-    on_this_machine train "${run_words[@]}" 2>&1 | tee -a "$OUTPUT_DIR/training_log.txt" >&2
+    on_this_machine train "${run_words[@]}"
     say "checkpoints: $OUTPUT_DIR/checkpoints; log: $OUTPUT_DIR/training_log.txt"
 }
 
-# on_nodes NODES PHASE: this script on so many nodes, one task each.
+# on_nodes NODES PHASE: this script on so many nodes, one task each; to be run by await, whose child
+# it becomes. srun hands signals on to its tasks.
 on_nodes() {
     local words=(--nodes="$1" --ntasks="$1" --ntasks-per-node=1 --kill-on-bad-exit=1)
     words+=(--cpus-per-task="${CPUS_PER_TASK:-$((10 * GPUS_PER_NODE))}" --export=ALL)
@@ -378,8 +394,9 @@ on_nodes() {
         words+=(--job-name=internvl_v1_2 --gres="gpu:$GPUS_PER_NODE")
         words+=(--partition="$PARTITION")
     fi
-    # shellcheck disable=SC2086  # SRUN_ARGS is meant to be split into words
-    srun "${words[@]}" ${SRUN_ARGS:-} bash "$script" "--phase=$2" \
+    local more=()
+    read -r -d '' -a more <<<"${SRUN_ARGS:-}" || true # split into words, nothing else
+    exec srun "${words[@]}" ${more[@]+"${more[@]}"} bash "$script" "--phase=$2" \
         ${overrides[@]+"${overrides[@]}"}
 }
 
@@ -390,11 +407,15 @@ run_slurm() {
     ((granted >= nodes)) ||
         fail "GPUS=$GPUS / GPUS_PER_NODE=$GPUS_PER_NODE needs $nodes nodes, the job has $granted"
     start_afresh
-    mkdir -p "$OUTPUT_DIR"
+    mkdir -p -- "$OUTPUT_DIR"
     export GPUS GPUS_PER_NODE TP PP BATCH_SIZE PER_DEVICE_BATCH_SIZE OUTPUT_DIR RECIPE LOAD META
     export FRESH=0
-    [[ -f "$LOAD/latest" ]] || on_nodes 1 convert
-    on_nodes "$nodes" node 2>&1 | tee -a "$OUTPUT_DIR/training_log.txt" >&2
+    export STOP_SECONDS="${STOP_SECONDS:-280}"
+    local status=0
+    [[ -f "$LOAD/latest" ]] || await on_nodes 1 convert || end_of_training "$OUTPUT_DIR" $?
+    rm -f -- "$OUTPUT_DIR/stopped.json"
+    logged "$OUTPUT_DIR/training_log.txt" -- on_nodes "$nodes" node || status=$?
+    end_of_training "$OUTPUT_DIR" "$status"
 }
 
 # One of these runs on each node; together they are one torch.distributed job.
@@ -403,7 +424,7 @@ run_node() {
     hosts=$(scontrol show hostnames "${SLURM_STEP_NODELIST:-$SLURM_JOB_NODELIST}")
     first="${hosts%%$'\n'*}"
     make_full_words
-    exec python -m torch.distributed.run --nnodes "${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}" \
+    exec python -m torch.distributed.run "${torchrun_words[@]}" --nnodes "${SLURM_STEP_NUM_NODES:-$SLURM_NNODES}" \
         --node-rank "$SLURM_NODEID" --nproc-per-node "$GPUS_PER_NODE" --master-addr "$first" \
         --master-port "${MASTER_PORT:-34229}" -m mmlm train "${run_words[@]}"
 }
@@ -413,6 +434,8 @@ run_node() {
 main() {
     cd "$(dirname "${BASH_SOURCE[0]}")/../.."
     script=examples/internvl_v1_2/pretrain.sh
+    # shellcheck source=examples/internvl_v1_2/launch.sh
+    source examples/internvl_v1_2/launch.sh
     read_arguments "$@"
     user_tp="${TP:-}" user_pp="${PP:-}"
     if [[ "$phase" == start ]]; then choose_mode; else mode=slurm gpus_here=0; fi
@@ -420,6 +443,7 @@ main() {
     check_settings
     if [[ "$mode" != demo ]]; then check_full_inputs; fi
     say "$mode: TP $TP x PP $PP x DP $((GPUS / TP / PP)), $BATCH_SIZE samples a global batch"
+    if [[ "$phase" == start ]]; then listen_for_signals; fi
     if [[ "$mode" == slurm && "$phase" == start ]]; then
         run_slurm # the nodes make the environment, the host that calls srun needs none
         return

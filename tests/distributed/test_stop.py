@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_signal_to_torchrun_saves_and_the_same_command_continues(
     assert_continues(recipe, output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_signal_to_one_rank_stops_all_with_status_0(
@@ -89,6 +91,7 @@ def test_signal_to_one_rank_stops_all_with_status_0(
     assert_stopped(output, "SIGUSR1")
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_second_signal_ends_at_once_even_inside_a_collective(recipe: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -112,6 +115,7 @@ def test_second_signal_ends_at_once_even_inside_a_collective(recipe: str, tmp_pa
     assert not (output / "checkpoints").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_limit_of_time(recipe: str, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     output = tmp_path / "out"
@@ -129,15 +133,15 @@ def test_limit_of_time(recipe: str, whole: list[dict[str, Any]], tmp_path: Path)
     assert_continues(recipe, output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("moment", [0.0, 3.0])
 def test_signal_before_the_first_iteration(moment: float, recipe: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with torchrun(recipe, output) as process:
         wait_for(process, lambda: len(ranks(process)) == 2, "start of the ranks")
-        listens = f"SigCgt:\t{1 << (signal.SIGUSR1 - 1):016x}"
         time.sleep(moment)
-        wait_for(process, lambda: all(_listens(each.pid) for each in ranks(process)), listens)
+        wait_for(process, lambda: all(_listens(each.pid) for each in ranks(process)), "handler")
         process.send_signal(signal.SIGUSR1)
         assert process.wait(LIMIT_SECONDS) == 1
     assert marker(output) | {"time": ""} == {
@@ -156,6 +160,7 @@ def _listens(pid: int) -> bool:
     return bool(int(caught.split()[1], 16) & (1 << (signal.SIGUSR1 - 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_signal_during_an_evaluation(
     recipe: str, whole: list[dict[str, Any]], tmp_path: Path
@@ -170,6 +175,7 @@ def test_signal_during_an_evaluation(
     assert_continues(recipe, output, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_signals_during_a_save(recipe: str, whole: list[dict[str, Any]], tmp_path: Path) -> None:
     """Saved after every iteration, so that most of the time is saving; asked at three moments."""
@@ -198,10 +204,12 @@ def test_killed_rank_restarts_and_resumes_by_itself(
     with torchrun(recipe, output, settings, words=("--max-restarts", "2")) as process:
         for count in (7, 22):
             wait_for_iterations(process, output, count)
-            victim = ranks(process)[count % 2]
-            victim.kill()
-            wait_for(process, lambda: not victim.is_running(), "death")
-            wait_for(process, lambda: len(curve(output)) < count, "restart")
+            ranks(process)[count % 2].kill()
+            wait_for(process, partial(_has_resumed, output, count), "restart")
         assert process.wait(LIMIT_SECONDS) == 0, said(output)
-    assert said(output).count("resumes ") == 2
     assert losses(curve(output)) == losses(whole)
+
+
+def _has_resumed(output: Path, count: int) -> bool:
+    """Lines of iterations that are done again are dropped when the run begins anew."""
+    return said(output).count("resumes ") == (1 if count == 7 else 2)

@@ -180,9 +180,10 @@ def test_node_joins_the_first_host(tools: Path, tmp_path: Path) -> None:
     node = run(tools, "--phase=node", GPUS="16", GPUS_PER_NODE="8", **step, **converted(tmp_path))
     assert node.returncode == 0, node.stderr
     assert (
-        "python -m torch.distributed.run --nnodes 2 --node-rank 1 --nproc-per-node 8 "
+        "--nnodes 2 --node-rank 1 --nproc-per-node 8 "
         "--master-addr node3 --master-port 34229 -m mmlm train" in node.stdout
     )
+    assert "torch.distributed.run --signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1" in node.stdout
 
 
 def test_slurm_script_hands_over(tools: Path, tmp_path: Path) -> None:
