@@ -10,6 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from mmlm.checkpoint.integrity import write_integrity
 from mmlm.checkpoint.manifest import (
     ASSETS_DIR,
     Manifest,
@@ -111,6 +112,8 @@ def hf_to_megatron(
         with _bar("hf -> megatron", reader.num_bytes, progress) as bar:
             write_streamed(directory, reader.infos, reader.counted(bar.update))
         _write_small_files(weights, directory)
+        # sizes alone of the tensors: they are not written in order, and reading them again costs
+        write_integrity(directory, {})
         final = publish(directory, output, 0)
     reader.check.warn()
     return final

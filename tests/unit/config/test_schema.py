@@ -126,7 +126,7 @@ def test_fields_cannot_be_overwritten() -> None:
             {"virtual_pipeline_model_parallel_size": 2},
             "needs pipeline_model_parallel_size of at least 2",
         ),
-        (CheckpointConfig, {"save_total_limit": -1}, "checkpoint: save_total_limit -1 must be at least 0"),
+        (CheckpointConfig, {"save_total_limit": -1}, "save_total_limit -1 must be at least 0"),
         (CheckpointConfig, {"save_interval": -1}, "save_interval -1 must be at least 0"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else None,
