@@ -178,16 +178,16 @@ def publish(tmp_dir: Path, root: Path, iteration: int) -> Path:
     _fsync_tree(tmp_dir)
     final = root / iteration_name(iteration)
     aside = _aside(root, final.name)
-    unfinished = _write_name(final)
-    replaces = final.exists()
-    if replaces:
-        _remove(aside)
-        final.rename(aside)
     try:
+        unfinished = _write_name(final)
+        if final.exists():
+            _remove(aside)
+            final.rename(aside)
         tmp_dir.rename(final)
     except OSError:
-        if replaces:
+        if not final.exists() and aside.exists():
             aside.rename(final)
+        (root / f".{LATEST_FILE}.tmp").unlink(missing_ok=True)
         raise
     _fsync(root)
     os.replace(unfinished, root / LATEST_FILE)
