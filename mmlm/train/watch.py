@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from types import FrameType, TracebackType
@@ -43,12 +43,8 @@ _BEATS_READ_A_SECOND = 64  # by each rank: all of a small world, a large one in 
 _CUT_OFF_WAIT_SECONDS = 15.0  # for a verdict, after a collective failed
 _STORE_SECONDS = 10.0  # without the store, before it counts as gone
 
-_WAITING_PLACES = (
-    "/torch/distributed/",
-    "/megatron/core/pipeline_parallel/",
-    "/megatron/core/distributed/",
-    "/megatron/core/tensor_parallel/",
-)
+_COLLECTIVES = "/torch/distributed/"
+_WAITS = ("/p2p_communication.py", "/param_and_grad_buffer.py")  # of megatron-core's own requests
 _LOST_CONNECTION = ("connection closed", "connection reset", "gloo", "nccl", "broken pipe")
 
 
@@ -266,21 +262,23 @@ def is_lost_connection(error: BaseException) -> bool:
     """
     if isinstance(error, MmlmError) or not isinstance(error, RuntimeError):
         return False
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)[-4:]]
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     text = str(error).lower()
-    return any(place in file for file in files for place in _WAITING_PLACES) or any(
-        word in text for word in _LOST_CONNECTION
-    )
+    return _in_collective(files[:-4:-1]) or any(word in text for word in _LOST_CONNECTION)
+
+
+def _in_collective(files: Sequence[str]) -> bool:
+    """Whether the innermost calls, in these files, wait for another rank."""
+    is_own_wait = bool(files) and files[0].endswith(_WAITS)
+    return is_own_wait or any(_COLLECTIVES in file for file in files)
 
 
 def _is_waiting(frame: FrameType | None) -> bool:
-    for _ in range(3):
-        if frame is None:
-            return False
-        if any(place in frame.f_code.co_filename for place in _WAITING_PLACES):
-            return True
+    files: list[str] = []
+    while frame is not None and len(files) < 3:
+        files.append(frame.f_code.co_filename)
         frame = frame.f_back
-    return False
+    return _in_collective(files)
 
 
 def _line(frame: FrameType | None) -> str:

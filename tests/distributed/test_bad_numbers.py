@@ -25,7 +25,8 @@ from mmlm.train import trainer
 from mmlm.train.bad_numbers import DivergenceError
 from mmlm.train.row_samples import token_owners
 from mmlm.train.train_step import StepResult
-from tests.distributed.launch import run_ranks
+from tests.distributed.launch import RankFailure, run_ranks
+from tests.distributed.test_errors import RECIPE, command_rank
 from tests.distributed.test_trainer import config, curve
 from tests.tiny_data import make_playground, make_tokenizer
 from tests.tiny_weights import tiny_llm_config, tiny_vision_config, write_parts
@@ -69,6 +70,7 @@ class Fault:
     pixels: NaN in the pictures of the last pictured sample of the batch of DP rank `dp`.
     weight: an infinite element of a decoder's linear_fc1, on TP rank 1.
     gradient: an infinite gradient of one sample's rows behind decoder layer 0.
+    overflow: a gradient so great that the square of the norm is infinite.
     reference: the iteration is left out without being done.
     none: nothing.
     """
@@ -143,25 +145,28 @@ class Fault:
         output, context = real_layer(layer, *args, **kwargs)
         owners = [token_owners(batch) for batch in getattr(self, "batch", ())]
         here = [o for o in owners if len(o) == len(output) and (o == self.victim).any()]
-        if self.is_on and self.kind == "gradient" and layer.layer_number == 1 and here:
+        if self.is_on and layer.layer_number == 1 and here:
             rows = (here[0] == self.victim).nonzero().flatten()
-            output = InfiniteGradient.apply(output, rows)
+            if self.kind == "gradient":
+                output = BrokenGradient.apply(output, rows, float("inf"))
+            if self.kind == "overflow":
+                output = BrokenGradient.apply(output, rows, 1e25)
         return output, context
 
 
-class InfiniteGradient(torch.autograd.Function):
-    """The identity, whose gradient is infinite in some rows."""
+class BrokenGradient(torch.autograd.Function):
+    """The identity, whose gradient is something else in some rows."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        ctx.rows = rows
+    def forward(ctx: Any, x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
+        ctx.rows, ctx.value = rows, value
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         gradient = gradient.clone()
-        gradient[ctx.rows] = float("inf")
-        return gradient, None
+        gradient[ctx.rows] = ctx.value
+        return gradient, None, None
 
 
 real_batches = BatchLoader.batches
@@ -328,3 +333,36 @@ def test_an_infinite_gradient_behind_a_finite_loss(world: Path, tmp_path: Path, 
     # the gradient that layer 0 hands to what is inside it
     assert first["layer"].startswith("language_model.decoder.layers.0")
     assert {each["dp_rank"] for each in first["ranks"]} == {1}
+
+
+@pytest.mark.distributed
+def test_a_norm_whose_square_overflows_counts_and_is_said(world: Path, tmp_path: Path) -> None:
+    run = config(world, tmp_path, tp=2, max_nonfinite_iterations=1)
+    results = run_ranks(2, train_with_fault, run, "overflow", (BAD,), 0)
+    assert all(result["untouched"] == [True] for result in results)
+    report = report_of(tmp_path)
+    assert report["grad_norm"] == "inf" and isinstance(report["replayed_loss"], float)
+    assert report["first"] == report["ranks"] == report["samples"] == []
+    assert "A replay of it found every value finite" in results[0]["error"]
+
+
+def command_with_fault(arguments: list[str], folder: Path) -> int:
+    fault = Fault("pixels", tuple(range(99)))
+    BatchLoader.batches = lambda loader, iteration: fault.batches(loader, iteration)
+    return command_rank(arguments, folder)
+
+
+@pytest.mark.distributed
+def test_the_command_ends_with_one_message_and_status_1(world: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.py"
+    meta = str(world / "playground" / "meta.json")
+    text = RECIPE.format(output=str(tmp_path / "out"), meta=meta, load=str(world / "start"))
+    recipe.write_text(text)
+    with pytest.raises(RankFailure, match="rank 1: died without a result") as failure:
+        run_ranks(2, command_with_fault, ["train", "--recipe", f"{recipe}:run"], tmp_path)
+    assert "killed" not in str(failure.value), "both ended by themselves"
+    written = "".join(file.read_text() for file in sorted(tmp_path.glob("stderr_*")))
+    assert "Traceback" not in written and written.count("error: ") == 1, written
+    assert "error: iteration 2 was left out: loss nan, gradient norm nan, 3 in a row" in written
+    assert "iteration 0 was left out" in written and "iteration 1 was left out" in written
+    assert not (tmp_path / "out" / "checkpoints" / "latest").exists()

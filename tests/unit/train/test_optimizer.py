@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from mmlm.config.presets import tiny
 from mmlm.config.schema import BackendConfig, OptimizerConfig, ParallelConfig, TrainConfig
@@ -18,6 +19,7 @@ from mmlm.train.optimizer import (
     decays,
     make_optimizer,
     make_scheduler,
+    step_if_finite,
     warmup_iterations,
     wrap_ddp,
 )
@@ -193,3 +195,33 @@ def test_overlap_cuts_gradients_into_buckets() -> None:
 def test_gradients_of_bf16_weights_add_up_in_fp32() -> None:
     _, _, dtypes = run_ranks(1, _buckets, ParallelConfig())[0]
     assert dtypes == {(torch.bfloat16, torch.float32)}
+
+
+def _two_steps(ours: bool, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Weights after two steps with clipping, ours or megatron-core's."""
+    place = topology.initialize(ParallelConfig())
+    config = TrainConfig(dtype="fp32" if dtype == torch.float32 else "bf16")
+    backend = resolve_backend(BackendConfig())
+    (chunk,) = build_model(tiny(), make_stage_plan(tiny(), 1), place, backend, config)
+    initialize_weights([chunk], place.groups, seed=0)
+    wrapped = wrap_ddp([chunk], place)
+    optimizer = make_optimizer(wrapped, OptimizerConfig(lr=0.5, clip_grad=0.1), dtype)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(2):
+        for parameter in chunk.parameters():
+            parameter.main_grad.normal_(generator=generator)
+        wrapped[0].start_grad_sync()
+        wrapped[0].finish_grad_sync()
+        if ours:
+            assert step_if_finite(optimizer) > 1.0
+        else:
+            assert optimizer.step()[1] > 1.0
+    return [parameter.detach().clone() for parameter in chunk.parameters()]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_finite_step_is_megatron_cores(dtype: torch.dtype) -> None:
+    ours, theirs = run_ranks(2, _two_steps, True, dtype), run_ranks(2, _two_steps, False, dtype)
+    for own, truth in zip(ours, theirs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(own, truth, strict=True))
