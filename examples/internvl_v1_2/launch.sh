@@ -7,7 +7,9 @@ child=""
 # torchrun hands these on to the ranks, and waits so long before it kills them. Ctrl-C is not among
 # them: the terminal sends it to everybody, and this script makes one SIGTERM of it.
 torchrun_words=(--signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1
-    --shutdown-timeout "${STOP_SECONDS:-280}")
+    --shutdown-timeout "${STOP_SECONDS:-280}" --max-restarts "${MAX_RESTARTS:-0}")
+# A new store for every restart: ranks that find the addresses of dead ones do not find each other.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 # pass_on NAME: what a trap calls. With no process to tell, the script itself ends.
 # shellcheck disable=SC2317  # called by traps

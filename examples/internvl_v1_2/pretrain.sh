@@ -33,6 +33,8 @@ settings (environment variables)
   STOP_SECONDS           SIGTERM, SIGUSR1 or Ctrl-C lets the training finish its iteration and save, and
                          this script ends with status 0; what takes longer than so many seconds is
                          killed (default: 280). A second signal ends everything at once
+  MAX_RESTARTS           one machine: how often torchrun starts the ranks again when one has died; they
+                         continue from the last checkpoint (default: 0)
   FRESH=1                delete an earlier run in OUTPUT_DIR and train again
   DEMO=1                 run the demo even though there are GPUs, and on them
                          (CUDA_VISIBLE_DEVICES="" runs it on the CPU)
@@ -195,6 +197,7 @@ check_settings() {
         ((GPUS <= gpus_here)) || fail "GPUS=$GPUS, but this machine shows $gpus_here GPUs"
     fi
     if [[ -n "${STOP_SECONDS:-}" ]]; then require_count STOP_SECONDS; fi
+    if [[ "${MAX_RESTARTS:-0}" != 0 ]]; then require_count MAX_RESTARTS; fi
     [[ "${REQUEUE:-0}" == [01] ]] || fail "REQUEUE='$REQUEUE' must be 0 or 1"
     [[ "${FRESH:-0}" == [01] ]] || fail "FRESH='$FRESH' must be 0 or 1"
     [[ "${DEMO:-0}" == [01] ]] || fail "DEMO='$DEMO' must be 0 or 1"

@@ -98,13 +98,13 @@ def initialize(parallel: ParallelConfig) -> Topology:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not dist.is_initialized():
+        timeout = timedelta(minutes=COLLECTIVE_FACTOR * parallel.timeout_minutes)
         dist.init_process_group(
             backend="gloo" if on_cpu else "nccl",
-            init_method="env://" if "MASTER_ADDR" in os.environ else None,
-            store=None if "MASTER_ADDR" in os.environ else dist.HashStore(),
+            store=_meeting_place(timeout) if "MASTER_ADDR" in os.environ else dist.HashStore(),
             rank=int(os.environ.get("RANK", "0")),
             world_size=world_size,
-            timeout=timedelta(minutes=COLLECTIVE_FACTOR * parallel.timeout_minutes),
+            timeout=timeout,
         )
     data_parallel_size(dist.get_world_size(), parallel)
     parallel_state.initialize_model_parallel(
@@ -131,6 +131,22 @@ def initialize(parallel: ParallelConfig) -> Topology:
         dp_gloo_group=groups.dp if on_cpu else parallel_state.get_data_parallel_group_gloo(),
         control_group=control_group,
     )
+
+
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """The store that torchrun's variables name, through which the ranks find each other.
+
+    torchrun of torch 2.13 starts its store once, so that ranks it has restarted would find the
+    addresses of those that died (``next_rendezvous`` in torch/distributed/elastic/rendezvous/
+    dynamic_rendezvous.py, github.com/pytorch/pytorch/issues/135712). On one machine the number of
+    the restart, which all ranks know, keeps them apart; over several, where agents count for
+    themselves, pretrain.sh asks torchrun for a new store each time.
+    """
+    store: dist.Store
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return store
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def destroy() -> None:
