@@ -45,10 +45,14 @@ class TensorReader:
     """Reads single tensors of a checkpoint, whatever layout wrote it; not collective.
 
     Only what is asked for is in memory, beside a piece of it that one rank has written.
+
+    Args:
+        directory: of an iteration.
+        once: rows are read once; see `places.read_rows`.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, *, once: bool = False) -> None:
+        self.directory, self._once = directory, once
         metadata = read_metadata(directory)
         self._pieces: dict[str, list[_Piece]] = {}
         self.infos: dict[str, TensorInfo] = {}
@@ -119,7 +123,7 @@ class TensorReader:
                 )
                 yield (
                     (slice(first - start, last - start), *columns),
-                    read_rows(descriptor, place, first - by, last - by),
+                    read_rows(descriptor, place, first - by, last - by, once=self._once),
                 )
 
     def _place(self, key: str, piece: _Piece) -> Place:

@@ -229,12 +229,12 @@ def _open(
     if combined is not None:
         if vision or llm or projector:
             raise CheckpointError("give either the three parts or a combined folder, not both")
-        return open_combined(combined)
+        return open_combined(combined, once=True)
     if vision is None or llm is None:
         raise CheckpointError(
             "give the ViT's and the LLM's folder, one part alone, or a combined folder"
         )
-    return open_parts(vision, llm, projector or vision / PROJECTOR_FILE, ps_version)
+    return open_parts(vision, llm, projector or vision / PROJECTOR_FILE, ps_version, once=True)
 
 
 def _bar(title: str, num_bytes: int, shown: bool) -> "tqdm[None]":

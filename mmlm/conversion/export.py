@@ -73,7 +73,7 @@ class Export:
         self._part = None if isinstance(manifest, Manifest) else manifest.part
         self._directory, self._assets = directory, directory / ASSETS_DIR
         self._max_shard_bytes = max_shard_bytes
-        self._reader = TensorReader(directory)
+        self._reader = TensorReader(directory, once=True)
         self._entries = expand(self._model)
         stored = {
             key: info for key, info in self._reader.infos.items() if key.startswith(MODEL_PREFIX)

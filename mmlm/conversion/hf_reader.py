@@ -37,16 +37,17 @@ _WHOLE_FILES = 2
 class HFReader:
     """Names, shapes and tensors of one HuggingFace part; the tensors are read when asked for."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, once: bool = False) -> None:
         """Open every file of the part and read its names.
 
         Args:
             path: folder or file.
+            once: rows are read once; see `places.read_rows`.
 
         Raises:
             CheckpointError: naming the file, when one is missing, damaged or not of tensors.
         """
-        self.path = Path(path)
+        self.path, self._once = Path(path), once
         self.shapes: dict[str, Shape] = {}
         """Name -> shape."""
         self.files: dict[str, Path] = {}
@@ -113,15 +114,15 @@ class HFReader:
             for each in whole[: 1 - _WHOLE_FILES]:
                 del self._open[each]
             with _readable_errors(file, "the file"):
-                self._open[file] = _open_file(file)
+                self._open[file] = _open_file(file, self._once)
         return self._open[file]
 
 
 class _PlacedFile:
     """One file whose tensors are read from where they lie."""
 
-    def __init__(self, file: Path, places: Mapping[str, Place]) -> None:
-        self._file, self._places = file, places
+    def __init__(self, file: Path, places: Mapping[str, Place], once: bool) -> None:
+        self._file, self._places, self._once = file, places, once
         self.shapes: dict[str, Shape] = {name: place.shape for name, place in places.items()}
         self._descriptor = os.open(file, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -144,7 +145,7 @@ class _PlacedFile:
         if start == 0:
             announce_reading(self._descriptor, place)
         if place.is_contiguous:
-            return read_rows(self._descriptor, place, start, stop)
+            return read_rows(self._descriptor, place, start, stop, once=self._once)
         if self._scattered is None or self._scattered[0] != name:
             self._scattered = None  # never two of them
             self._scattered = name, self.read(name)
@@ -186,10 +187,10 @@ class _OldPickle:
 _File = _PlacedFile | _OldPickle
 
 
-def _open_file(file: Path) -> _File:
+def _open_file(file: Path, once: bool) -> _File:
     if file.suffix == ".safetensors":
-        return _PlacedFile(file, safetensors_places(file))
-    return _PlacedFile(file, named_places(file)) if is_zip(file) else _OldPickle(file)
+        return _PlacedFile(file, safetensors_places(file), once)
+    return _PlacedFile(file, named_places(file), once) if is_zip(file) else _OldPickle(file)
 
 
 def _find_files(path: Path) -> tuple[list[Path], dict[str, str]]:

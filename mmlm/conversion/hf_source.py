@@ -83,13 +83,18 @@ class HFSource(HFTensors):
     """Folder with the LLM's small files and the tokenizer."""
 
 
-def open_part(part: Part, path: Path) -> HFTensors:
-    """Open the weights of one part on its own; errors as in `open_parts`."""
-    return HFTensors(readers=_readers(part, path), where=str(path))
+def open_part(part: Part, path: Path, *, once: bool = False) -> HFTensors:
+    """Open the weights of one part on its own; arguments and errors as in `open_parts`."""
+    return HFTensors(readers=_readers(part, path, once), where=str(path))
 
 
 def open_parts(
-    vision: Path, llm: Path, projector: Path, ps_version: Literal["v1", "v2"] = "v1"
+    vision: Path,
+    llm: Path,
+    projector: Path,
+    ps_version: Literal["v1", "v2"] = "v1",
+    *,
+    once: bool = False,
 ) -> HFSource:
     """Open the three published parts.
 
@@ -98,6 +103,7 @@ def open_parts(
         llm: folder of the LLM.
         projector: the projector's ``.pth`` file (or a folder or safetensors file).
         ps_version: pixel shuffle variant that the projector was trained with.
+        once: rows are read once; see `places.read_rows`.
 
     Raises:
         ConfigError: for a ``config.json`` that is missing or unsupported.
@@ -111,7 +117,7 @@ def open_parts(
         ("language_model", llm),
     )
     for part, path in paths:
-        readers |= _readers(part, path)
+        readers |= _readers(part, path, once)
     return HFSource(
         config=config,
         vision_dir=vision,
@@ -121,10 +127,10 @@ def open_parts(
     )
 
 
-def open_combined(folder: Path) -> HFSource:
-    """Open a combined InternVL-Chat folder; errors as in `open_parts`."""
+def open_combined(folder: Path, *, once: bool = False) -> HFSource:
+    """Open a combined InternVL-Chat folder; arguments and errors as in `open_parts`."""
     config = read_combined(folder)
-    reader = HFReader(folder)
+    reader = HFReader(folder, once=once)
     return HFSource(
         config=config,
         vision_dir=folder,
@@ -134,8 +140,8 @@ def open_combined(folder: Path) -> HFSource:
     )
 
 
-def _readers(part: Part, path: Path) -> dict[str, tuple[HFReader, str]]:
-    reader = HFReader(path)
+def _readers(part: Part, path: Path, once: bool) -> dict[str, tuple[HFReader, str]]:
+    reader = HFReader(path, once=once)
     return {HF_PREFIXES[part] + name: (reader, name) for name in _converted(reader)}
 
 

@@ -70,7 +70,7 @@ def open_one_part(
         CheckpointError: for weights that are missing, damaged or do not fit the config.
     """
     if part == "vision_projection":
-        tensors = open_part(part, path)
+        tensors = open_part(part, path, once=True)
         stored = model = PartsConfig(projection=_projection_sizes(tensors))
     else:
         file = path / "config.json"
@@ -81,7 +81,7 @@ def open_one_part(
             model = PartsConfig(vision=adapt_vision(vision, image_size, vision_num_layers))
         else:
             stored = model = PartsConfig(language=language_from_hf(content, str(file)))
-        tensors = open_part(part, path)
+        tensors = open_part(part, path, once=True)
     tensors.check(expand(stored))
     rows = model.language.vocab_size if model.language else 0
     plan = VocabularyPlan(old_size=rows, new_size=rows, added_tokens={}, new_tokens={})

@@ -62,12 +62,15 @@ def test_bars(
     peak_bytes: float,
     passed: bool,
 ) -> None:
-    """The copies took 10 s."""
+    """The copies took 10 s; one slow and one fast round of each decide nothing."""
+    noise = iter([1.0, 30.0, 3.0, 0.1, 1.0, 1.0])  # copy, conversion, copy, ...
 
     def timed(reads: Path, writes: Path, *command: Any) -> convert_real_size.Timing:
         is_copy = command[0] == "cp"
         return convert_real_size.Timing(
-            seconds=10.0 if is_copy else seconds, cpu_seconds=1.0, peak_bytes=int(peak_bytes)
+            seconds=next(noise) * (10.0 if is_copy else seconds),
+            cpu_seconds=1.0,
+            peak_bytes=int(peak_bytes),
         )
 
     monkeypatch.setattr(convert_real_size, "timed", timed)

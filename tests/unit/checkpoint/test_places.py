@@ -27,6 +27,20 @@ def read(file: Path, place: Place, start: int, stop: int) -> torch.Tensor:
         os.close(descriptor)
 
 
+def test_what_is_read_once_need_not_be_kept(file: Path, monkeypatch: pytest.MonkeyPatch):
+    given_back: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda descriptor, *advice: given_back.append(tuple(advice))
+    )
+    place = Place(offset=7, shape=(5, 3, 4), stride=(12, 4, 1), dtype=torch.float32)
+    with open(file, "rb") as stream:
+        assert torch.equal(read_rows(stream.fileno(), place, 1, 3), WHOLE[1:3])
+        assert given_back == []
+        assert torch.equal(read_rows(stream.fileno(), place, 1, 3, once=True), WHOLE[1:3])
+        read_rows(stream.fileno(), place, 2, 2, once=True)  # a length of 0 would be the whole file
+    assert given_back == [(7 + 48, 96, os.POSIX_FADV_DONTNEED)]
+
+
 def test_rows_of_a_contiguous_tensor(file: Path):
     place = Place(offset=7, shape=(5, 3, 4), stride=(12, 4, 1), dtype=torch.float32)
     assert place.is_contiguous
