@@ -74,7 +74,7 @@ def test_bars(
         )
 
     monkeypatch.setattr(convert_real_size, "timed", timed)
-    found = convert(SMALL[0], tmp_path / "in", tmp_path, "tool.py")
+    found = convert(SMALL[0], tmp_path / "in", tmp_path / "out", "tool.py")
     assert found["passed"] is passed
     assert found["ratio"] == pytest.approx(10 / seconds)
 

@@ -120,7 +120,7 @@ def test_a_full_disk_in_the_middle_leaves_nothing(tmp_path, write_tiny_parts, mo
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(row_stream, "write_at", full)
-    with pytest.raises(CheckpointError, match=r"iter_0000000\.tmp: cannot be written: No space left"):
+    with pytest.raises(CheckpointError, match=r"iter_0000000\.tmp: cannot be written: No space"):
         convert_in(parts, tmp_path / "ckpt")
     assert list((tmp_path / "ckpt").iterdir()) == []
     with pytest.raises(CheckpointError, match=r"\.out\.tmp: cannot be written: No space left on d"):
