@@ -162,7 +162,11 @@ def _bring_together(sliced: _Sliced, group: dist.ProcessGroup) -> Tensor | None:
     if rank not in sliced.slices:
         return None
     tensors = sliced.optimizer._get_main_param_and_optimizer_states(sliced.parameter)
-    own = torch.stack([tensors[name].detach().float().cpu() for name in STATES])
+    main = tensors["param"].detach()
+    # before its first step Adam has no moments, which are zeros then
+    own = torch.stack(
+        [tensors.get(name, torch.zeros_like(main)).detach().float().cpu() for name in STATES]
+    )
     if rank != owner:
         dist.send(own, group=group, group_dst=owner)
         return None
