@@ -111,13 +111,15 @@ class Fault:
         self.batch = poisoned
         return plan, poisoned
 
-    def step(self, model: Any, optimizer: Any, scheduler: Any, *rest: Any) -> StepResult:
+    def step(
+        self, model: Any, optimizer: Any, scheduler: Any, *rest: Any, **begin: Any
+    ) -> StepResult:
         before = state_of(optimizer, scheduler, model)
         if self.kind == "reference" and self.is_on:
             return StepResult(loss=math.nan, grad_norm=math.nan, learning_rate=0.0)
         self.batch = rest[1]
         changed = self.break_weight(model, rest[-1]) if self.kind == "weight" else None
-        result = self.real_step(model, optimizer, scheduler, *rest)
+        result = self.real_step(model, optimizer, scheduler, *rest, **begin)
         if not result.is_finite:
             after = state_of(optimizer, scheduler, model)
             if changed is None:
