@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +79,10 @@ def make(folder: Path, settings: WorldSettings) -> bool:
             "folder or remove it"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    # not mkdtemp: that folder would be closed to everybody else, whatever the umask says
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of that number
+    temporary.mkdir()
     try:
         playground.write(temporary, settings.playground, folder)
         model = tokenizer.train(playground.read_texts(temporary), settings.vocab_size)
@@ -91,7 +93,6 @@ def make(folder: Path, settings: WorldSettings) -> bool:
             "num_parameters": num_parameters,
         }
         (temporary / MARKER).write_text(json.dumps(marker, indent=2) + "\n", encoding="utf-8")
-        temporary.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
