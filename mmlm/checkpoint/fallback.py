@@ -1,6 +1,7 @@
 """Which of a run's own checkpoints it continues: the newest, or where that is damaged an older."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -58,7 +59,7 @@ def find_intact(
 
     damaged: dict[Path, str] = {}
     for candidate in on_rank_zero(candidates, group):
-        damage = on_rank_zero(lambda path=candidate: _unreadable(path), group)
+        damage = on_rank_zero(partial(_unreadable, candidate), group)
         if damage is None:
             damage = find_damage(candidate, checksums=checksums, group=group)
         if damage is None:

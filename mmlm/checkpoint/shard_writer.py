@@ -122,7 +122,7 @@ class ShardWriter:
         checksums: dict[str, str] = {}
 
         def complete() -> None:
-            assert gathered is not None and self._metadata is not None
+            assert gathered is not None
             failures = [
                 f"rank {rank}: {failure}"
                 for rank, (failure, _, _) in enumerate(gathered)
@@ -142,6 +142,7 @@ class ShardWriter:
 
     def _write_rest(self, results: list[list[WriteResult]]) -> None:
         torch.save(dict(self._common), self._directory / "common.pt")
+        assert self._metadata is not None, "rank 0 has it"
         dcp.FileSystemWriter(self._directory).finish(self._metadata, results)
         # last: without it megatron-core takes the directory for no checkpoint
         (self._directory / CONFIG_FNAME).write_text(json.dumps(CONFIG), encoding="utf-8")

@@ -14,7 +14,8 @@ from mmlm.config.schema import CheckpointConfig, DataConfig, RunConfig
 
 def run():
     return RunConfig(
-        data=DataConfig(meta={meta!r}), checkpoint=CheckpointConfig(load="named", save_total_limit=5)
+        data=DataConfig(meta={meta!r}),
+        checkpoint=CheckpointConfig(load="named", save_total_limit=5),
     )
 """
 
