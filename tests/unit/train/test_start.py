@@ -1,18 +1,25 @@
 """Where a run begins that reads HuggingFace weights directly."""
 
 import dataclasses
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mmlm.checkpoint.manifest import ASSETS_DIR
+from mmlm.config.load import apply_overrides
+from mmlm.config.presets import tiny
 from mmlm.config.schema import CheckpointConfig, DataConfig, RunConfig
 from mmlm.conversion.convert import hf_to_megatron
 from mmlm.data.tokenizer import Tokenizer
 from mmlm.errors import CheckpointError, ConfigError
-from mmlm.train.start import find_start, load_assets, load_tokenizer
+from mmlm.train.start import Start, checkpoint_root, find_start, load_assets, load_tokenizer
 from tests.tiny_data import make_tokenizer
 from tests.tiny_weights import tiny_llm_config, tiny_vision_config, write_parts
+from tests.unit.train.test_setup import write_checkpoint
 
 
 @pytest.fixture
@@ -89,3 +96,51 @@ def test_two_sources_are_refused() -> None:
 def test_negative_intervals_are_refused() -> None:
     with pytest.raises(ConfigError, match="export_hf_interval -1 must be at least 0"):
         CheckpointConfig(export_hf_interval=-1)
+
+
+def saved_run(tmp_path: Path, **settings: Any) -> tuple[RunConfig, Path]:
+    """A run and its checkpoint after three iterations."""
+    config = RunConfig(output_dir=str(tmp_path / "run"), **settings)
+    return config, write_checkpoint(checkpoint_root(config), 3, config=config)
+
+
+def test_no_resume_refuses_and_deletes_nothing(tmp_path: Path) -> None:
+    config, checkpoint = saved_run(tmp_path)
+    refusing = replace(config, checkpoint=replace(config.checkpoint, resume=False))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"run/checkpoints has checkpoints, .*\(--no-resume\)"):
+        find_start(refusing)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert find_start(config).checkpoint == checkpoint
+    fresh = replace(refusing, output_dir=str(tmp_path / "other"), model=tiny())
+    assert find_start(fresh).checkpoint is None
+
+
+def test_a_resume_is_told_all_that_changed(tmp_path: Path) -> None:
+    config, _ = saved_run(tmp_path)
+    settings = ["optimizer.lr=3e-5", "train.freeze_vision_model=true", "train.train_iters=9"]
+    with pytest.raises(ConfigError) as refusal:
+        find_start(apply_overrides(config, [*settings, "data.num_workers=7"]))
+    assert (
+        "cannot be resumed with other settings: train.train_iters was None and is 9; "
+        "train.freeze_vision_model was False and is True; optimizer.lr was 1e-05 and is 3e-05. "
+        "Set them back, or start a new run"
+    ) in str(refusal.value)
+
+
+def test_another_tokenizer_is_another_setting(tmp_path: Path) -> None:
+    for name in ("one", "same", "other"):
+        make_tokenizer(tmp_path / name)
+    size = Tokenizer(tmp_path / "other").vocab_size
+    (tmp_path / "other" / "added_tokens.json").write_text(json.dumps({"<more>": size}), "utf-8")
+    config, checkpoint = saved_run(tmp_path, data=DataConfig(tokenizer=str(tmp_path / "one")))
+    shutil.copytree(tmp_path / "one", checkpoint / ASSETS_DIR)
+
+    def start(name: str) -> Start:
+        return find_start(replace(config, data=DataConfig(tokenizer=str(tmp_path / name))))
+
+    assert start("same").checkpoint == checkpoint
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer .*other encodes otherwise than"
+    ):
+        start("other")
