@@ -5,8 +5,10 @@
 
 import argparse
 import sys
-import warnings
 from pathlib import Path
+
+from mmlm.config.presets import internvl_chat_v1_2
+from mmlm.conversion.name_map import HF_PREFIXES, TABLE, expand
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "conversion.md"
 BEGIN = "<!-- names: python tools/conversion_table.py --write -->\n"
@@ -21,11 +23,6 @@ TITLES = {
 
 def make_tables() -> str:
     """One table a part: a line for a row of the code's own table."""
-    # megatron-core warns of engines that are not used here
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mmlm.config.presets import internvl_chat_v1_2
-    from mmlm.conversion.name_map import HF_PREFIXES, TABLE, expand
-
     entries = {entry.megatron_name: entry for entry in expand(internvl_chat_v1_2())}
     lines = []
     for part, prefix in HF_PREFIXES.items():

@@ -4,11 +4,12 @@
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
+from mmlm.conversion.convert import hf_to_megatron
 from mmlm.conversion.dtypes import DTYPES
 from mmlm.conversion.hf_source import PROJECTOR_FILE
+from mmlm.conversion.hf_weights import VOCABULARY_SEED
 from mmlm.errors import MmlmError
 from mmlm.log import setup_logging
 
@@ -61,7 +62,7 @@ def parse_args() -> argparse.Namespace:
     add(
         "--seed",
         type=int,
-        default=42,
+        default=VOCABULARY_SEED,
         help="of new embedding rows, when the vocabulary lacks the nine image and box tokens "
         "(default: %(default)s)",
     )
@@ -88,10 +89,6 @@ def main() -> int:
     """Convert; errors that a user can mend become one line."""
     args = parse_args()
     setup_logging()
-    # Late, so that --help answers at once; megatron-core warns of engines that are not used here.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mmlm.conversion.convert import hf_to_megatron
-
     start = time.monotonic()
     try:
         directory = hf_to_megatron(

@@ -4,9 +4,9 @@
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
+from mmlm.conversion.convert import megatron_to_hf
 from mmlm.conversion.dtypes import DTYPES
 from mmlm.conversion.hf_source import PROJECTOR_FILE
 from mmlm.conversion.name_map import HF_PREFIXES
@@ -73,10 +73,6 @@ def main() -> int:
     """Convert; errors that a user can mend become one line."""
     args = parse_args()
     setup_logging()
-    # Late, so that --help answers at once; megatron-core warns of engines that are not used here.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from mmlm.conversion.convert import megatron_to_hf
-
     start = time.monotonic()
     try:
         folder = megatron_to_hf(

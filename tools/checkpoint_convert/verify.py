@@ -4,9 +4,13 @@
 import argparse
 import sys
 import time
-import warnings
 from pathlib import Path
 
+from tqdm import tqdm
+
+from mmlm.conversion.comparable import open_hf, open_megatron
+from mmlm.conversion.hf_weights import VOCABULARY_SEED
+from mmlm.conversion.verify import compare
 from mmlm.errors import MmlmError
 from mmlm.log import setup_logging
 
@@ -40,7 +44,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        default=42,
+        default=VOCABULARY_SEED,
         help="that new embedding rows were made with, where one side lacks the nine tokens "
         "(default: %(default)s)",
     )
@@ -61,13 +65,6 @@ def main() -> int:
     """Compare and report; errors that a user can mend become one line."""
     args = parse_args()
     setup_logging()
-    # Late, so that --help answers at once; megatron-core warns of engines that are not used here.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
-    from tqdm import tqdm
-
-    from mmlm.conversion.comparable import open_hf, open_megatron
-    from mmlm.conversion.verify import compare
-
     start = time.monotonic()
     try:
         first, second = (
