@@ -99,8 +99,10 @@ class Watch:
         self._store = dist.PrefixStore(f"watch/{name[0]}", shared.clone())
         self._tell()
         dist.barrier(group=self._topology.control_group)  # all have a first beat
+        self._reached = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="mmlm-watch", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="mmlm-watch-store", daemon=True).start()
         return self
 
     def __exit__(
@@ -158,7 +160,7 @@ class Watch:
 
     def _end_thread(self, **last_words: Any) -> None:
         self._closing.set()
-        self._thread.join()
+        self._thread.join(_STORE_SECONDS)
         self._beat = replace(self._beat, **last_words)
         try:
             self._tell()
@@ -167,7 +169,7 @@ class Watch:
 
     def _run(self) -> None:
         period = max(BEAT_SECONDS, self._topology.world_size / _BEATS_READ_A_SECOND)
-        looked = reached = time.monotonic()
+        looked = time.monotonic()
         while not self._closing.wait(BEAT_SECONDS):
             now = time.monotonic()
             try:
@@ -178,10 +180,21 @@ class Watch:
                         self._others.clear()  # it was this process that was stopped
                     looked = now
                     self._look(now)
-                reached = now
+                self._reached = now
             except RuntimeError as error:  # torch's, for all that can happen to a store
-                if now - reached > _STORE_SECONDS and not self._closing.is_set():
-                    self._lose_store(error)
+                if now - self._reached > _STORE_SECONDS and not self._closing.is_set():
+                    self._lose_store(_short(error))
+
+    def _guard(self) -> None:
+        """End the process where the store does not even answer, and the thread waits for it."""
+        before = time.monotonic()
+        while not self._closing.wait(BEAT_SECONDS):
+            now = time.monotonic()
+            if now - before > self._silent_seconds / 2:
+                self._reached = now  # it was this process that was stopped
+            before = now
+            if now - self._reached > self._silent_seconds + _STORE_SECONDS:
+                self._lose_store("it does not answer")
 
     def _tell(self) -> None:
         self._count += 1
@@ -222,11 +235,19 @@ class Watch:
             time.sleep(2 * BEAT_SECONDS)  # so that the others read it before a launcher ends them
         self._exit_process(1)
 
-    def _lose_store(self, error: RuntimeError) -> None:
+    def _lose_store(self, how: str) -> None:
         address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+        states = [(other.beat, state_of(other.beat.process)) for other in self._others.values()]
+        known = [
+            f"{beat} is {state}, last in {beat.where}"
+            for beat, state in states
+            if state in ("gone", "stopped")
+        ]
+        why = "; ".join(known) or (
+            "torchrun there, or rank 0 where there is no torchrun, has ended, or the network"
+        )
         get_logger().error(
-            f"error: {self._beat} cannot reach the store at {address} any more ({_short(error)}): "
-            "torchrun there, or rank 0 where there is no torchrun, has ended, or the network; it "
+            f"error: {self._beat} cannot reach the store at {address} any more ({how}): {why}. It "
             f"was in {self._beat.where} and ends"
         )
         self._exit_process(1)
@@ -236,16 +257,16 @@ class _Other:
     """What is remembered of a rank between two looks."""
 
     def __init__(self, beat: Beat, now: float) -> None:
-        self._beat = beat
+        self.beat = beat
         self._heard = self._moved = now
 
     def see(self, beat: Beat, now: float) -> Seen:
         """Compare with the last look."""
-        if beat.count != self._beat.count:
+        if beat.count != self.beat.count:
             self._heard = now
-        if beat.progress != self._beat.progress:
+        if beat.progress != self.beat.progress:
             self._moved = now
-        self._beat = beat
+        self.beat = beat
         return Seen(
             beat=beat,
             silent_seconds=now - self._heard,

@@ -4,10 +4,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,7 +121,15 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def training(
-    world: Path, folder: Path, *, ranks: int, fault: str = "", rank: int = 1, minutes: float = 0.1
+    world: Path,
+    folder: Path,
+    *,
+    ranks: int = 1,
+    fault: str = "",
+    rank: int = 1,
+    minutes: float = 0.1,
+    place: Mapping[str, str] | None = None,
+    more: Sequence[str] = (),
 ) -> Iterator[Training]:
     """Start a training; whatever is left of it is killed at the end."""
     recipe = folder / "recipe.py"
@@ -141,6 +150,8 @@ def training(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    environment.update(place or {})
+    command += more
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
@@ -259,3 +270,31 @@ def test_a_rank_that_pauses_and_goes_on_ends_nothing(world: Path, tmp_path: Path
         last = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[-2]
         assert json.loads(last)["nonfinite_iterations"] == 0
         assert run.process.poll() is None
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_without_torchrun_the_store_goes_with_rank_0(
+    world: Path, tmp_path: Path, number: signal.Signals, free_port: int
+) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "WORLD_SIZE": "2"}
+    settings = ["--set", "parallel.pipeline_model_parallel_size=2"]
+    with (
+        training(world, tmp_path, place={**place, "RANK": "0"}, more=settings) as first,
+        training(world, tmp_path, place={**place, "RANK": "1"}, more=settings) as second,
+    ):
+        first.wait_for_iteration(3)
+        os.kill(first.pid(0), number)
+        written, took = second.end(60)
+    assert "error: rank 1 (" in written and "cannot reach the store at 127.0.0.1:" in written
+    state = "gone" if number == signal.SIGKILL else "stopped"
+    assert re.search(rf"rank 0 \(.*\) is {state}, last in \S+ of iteration", written), written
+    assert took < 40
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
