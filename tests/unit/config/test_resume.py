@@ -1,6 +1,8 @@
 """Every setting is either fixed within a run or may change, and all changes are told at once."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -83,3 +85,12 @@ def test_a_field_that_an_old_checkpoint_does_not_know_had_its_default() -> None:
     assert changed_settings(before, RunConfig()) == []
     now = replace(RunConfig(), data=replace(RunConfig().data, special_literals="tokens"))
     assert changed_settings(before, now) == ["data.special_literals was exclude and is tokens"]
+
+
+def test_the_document_names_every_fixed_setting() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/running.md").read_text(encoding="utf-8")
+    table = text[text.index("| cannot change |") : text.index("| may change |")]
+    for key in FIXED:
+        group = re.sub(r"^optimizer\..*", "optimizer.*", key)
+        group = re.sub(r"^train\.freeze_.*", "train.freeze_*", group)
+        assert f"`{group}`" in table, key
