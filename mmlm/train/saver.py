@@ -64,7 +64,7 @@ class Saver:
         Raises:
             MmlmError: on all ranks, when the last checkpoint could not be written.
         """
-        self._finish(must_succeed=False)  # what follows makes up for it
+        self.settle()
         self._started, self._stall_seconds = time.perf_counter(), 0.0
         try:
             self._pending = PendingCheckpoint(
@@ -107,6 +107,10 @@ class Saver:
             return False
         self._finish(must_succeed=False)
         return True
+
+    def settle(self) -> None:
+        """Wait until no checkpoint is being written; that it failed costs only that checkpoint."""
+        self._finish(must_succeed=False)
 
     def close(self) -> None:
         """Wait until the last checkpoint is complete.

@@ -149,6 +149,8 @@ def _iterate(run: Run, stopper: Stopper) -> None:
             if aids.saver.finish_ready():
                 aids.metrics.restart_clock()
             watch.at("replay", iteration)
+            if not result.is_finite:
+                aids.saver.settle()  # what follows may end the run
             aids.bad_numbers.handle(plan, batches, forward_step, result, nonfinite)
             watch.at("saving", iteration)
             _save_and_evaluate(run, aids, iteration + 1, nonfinite)

@@ -154,6 +154,26 @@ def test_a_save_waits_for_the_one_before(tmp_path: Path) -> None:
         assert len(said) == 3
 
 
+def _settle(root: Path) -> list[str]:
+    saver, recorder = make(root)
+    slow_down(0.2)
+    saver.save(at(1), Model().describe, is_last=False)
+    saver.settle()
+    assert resolve(root).name == "iter_0000001"
+    mend = break_tensors(1)
+    saver.save(at(2), Model().describe, is_last=False)
+    saver.settle()
+    mend()
+    assert resolve(root).name == "iter_0000001"
+    return recorder.errors
+
+
+@pytest.mark.distributed
+def test_settling_waits_and_forgives(tmp_path: Path) -> None:
+    errors, _ = run_ranks(2, _settle, tmp_path)
+    assert len(errors) == 1
+
+
 def _save_last(root: Path, is_async: bool) -> float:
     saver, recorder = make(root, async_save=is_async, save_total_limit=1)
     model = Model()
