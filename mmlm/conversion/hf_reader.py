@@ -8,6 +8,7 @@ in memory, except of files of torch before 1.6, which are read whole.
 
 import os
 import pickle
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -239,10 +240,13 @@ def _readable_errors(file: Path, what: str) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: {what} cannot be read: damaged, or it holds code, which is never run "
-            f"({_first_line(error)})"
-        ) from error
+        called = re.search(r"GLOBAL (\S+)", str(error))  # torch's message names it so
+        why = (
+            f"it holds code, which is never run ({called.group(1)})"
+            if called
+            else f"damaged, or no file of torch.save ({_first_line(error)})"
+        )
+        raise CheckpointError(f"{file}: {what} cannot be read: {why}") from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{file}: {what} cannot be read, is the file complete? ({_first_line(error)})"

@@ -106,7 +106,10 @@ FAULTS: dict[str, tuple[Callable[[Path], None], list[str]]] = {
         lambda parts: index(parts, "/etc/passwd"),
         ["'/etc/passwd' is not the name of a file beside the index"],
     ),
-    "code in a pickle": (code, ["hermes_2_yi_34b.pth: the file cannot be read: damaged, or it ho"]),
+    "code in a pickle": (
+        code,
+        ["_34b.pth: the file cannot be read: it holds code, which is"],
+    ),
     "unknown vision architecture": (
         vision_json(model_type="clip_vision_model"),
         ["vision/config.json: model_type is 'clip_vision_model', only 'intern_vit_6b' is supp"],
