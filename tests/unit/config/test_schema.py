@@ -89,6 +89,14 @@ def test_fields_cannot_be_overwritten() -> None:
         (TrainConfig, {"train_iters": 0}, "train: train_iters 0 must be at least 1"),
         (TrainConfig, {"epochs": 0}, "train: epochs 0 must be at least 1"),
         (TrainConfig, {"seed": -1}, "train: seed -1 must be at least 0"),
+        (
+            TrainConfig,
+            {"max_nonfinite_iterations": 0},
+            "train: max_nonfinite_iterations 0 must be at least 1",
+        ),
+        (TrainConfig, {"loss_spike_factor": -1.0}, "loss_spike_factor -1.0 must be at least 0"),
+        (TrainConfig, {"loss_spike_window": 19}, "loss_spike_window 19 must be at least 20"),
+        (ParallelConfig, {"timeout_minutes": 0.0}, "timeout_minutes 0.0 must be positive"),
         (OptimizerConfig, {"lr": 0.0}, "optimizer: lr 0.0 must be positive"),
         (OptimizerConfig, {"lr": float("nan")}, "optimizer: lr nan must be positive"),
         (
