@@ -330,6 +330,8 @@ def test_an_infinite_gradient_behind_a_finite_loss(world: Path, tmp_path: Path, 
     assert all(result["untouched"] == [True] for result in results)
     report = report_of(tmp_path)
     assert isinstance(report["loss"], float) and isinstance(report["grad_norm"], str)
+    # the same batches and the same drop path: the same number to the bit
+    assert report["replayed_loss"] == report["loss"]
     (first,) = report["first"]
     assert (first["kind"], first["sample_ids"]) == ("gradient", [results[0]["victims"][BAD]])
     # the gradient that layer 0 hands to what is inside it
