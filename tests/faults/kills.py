@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 from unittest.mock import patch
 
-from mmlm.checkpoint import manifest, storage
+from mmlm.checkpoint import manifest, shard_writer
 from mmlm.train import hf_export, trainer
 
 Moment = Literal["iteration", "writing", "commit", "export"]
@@ -85,13 +85,13 @@ def _replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
 
 
 def _slow_writing() -> None:
-    original = storage._StreamingWriter._write
+    original = shard_writer._HashedFile.write_tensor
 
-    def write(self: Any, *arguments: Any) -> None:
+    def write(self: Any, tensor: Any) -> None:
         time.sleep(WRITE_SECONDS)
-        original(self, *arguments)
+        original(self, tensor)
 
-    _replace(storage._StreamingWriter, "_write", write)
+    _replace(shard_writer._HashedFile, "write_tensor", write)
 
 
 def _in_iteration(kill: Kill) -> None:
@@ -111,24 +111,25 @@ def _in_iteration(kill: Kill) -> None:
 
 
 def _in_writing(kill: Kill) -> None:
-    write_data, write = storage._StreamingWriter.write_data, storage._StreamingWriter._write
+    write_file = shard_writer.ShardWriter._write_file
+    write_tensor = shard_writer._HashedFile.write_tensor
     turn, left = -1, -1
 
-    def begin(self: Any, plan: Any, planner: Any) -> Any:
+    def begin(self: Any) -> None:
         nonlocal turn, left
         turn += 1
-        left = int(kill.fraction * len(plan.items)) if turn == kill.turn else -1
-        return write_data(self, plan, planner)
+        left = int(kill.fraction * len(self._items)) if turn == kill.turn else -1
+        write_file(self)
 
-    def one(self: Any, *arguments: Any) -> None:
+    def one(self: Any, tensor: Any) -> None:
         nonlocal left
         if left == 0:
             die()
         left -= 1
-        write(self, *arguments)
+        write_tensor(self, tensor)
 
-    _replace(storage._StreamingWriter, "write_data", begin)
-    _replace(storage._StreamingWriter, "_write", one)
+    _replace(shard_writer.ShardWriter, "_write_file", begin)
+    _replace(shard_writer._HashedFile, "write_tensor", one)
 
 
 _COMMIT_STEPS = 8
