@@ -105,7 +105,7 @@ def value_of(path: Path) -> set[float]:
 def _train_beside_a_slow_writer(root: Path) -> tuple[int, float, list[str]]:
     saver, recorder = make(root)
     model, polls = Model(), 0
-    begun = slow_down(0.4)
+    begun = slow_down(1.0 * dist.get_rank())  # the others wait for rank 1 without stopping
     model.step()
     saver.save(at(1), model.describe, is_last=False)
     assert begun.wait(10), "it is written without anybody waiting for it"
@@ -126,8 +126,8 @@ def _train_beside_a_slow_writer(root: Path) -> tuple[int, float, list[str]]:
 def test_the_training_goes_on_and_nothing_of_it_leaks_into_the_save(tmp_path: Path) -> None:
     for polls, stall, said in run_ranks(2, _train_beside_a_slow_writer, tmp_path / "checkpoints"):
         assert polls > 10
-        # measured: 0.03; writing takes 0.8
-        assert stall < 0.4
+        # measured: 0.03; writing takes 2
+        assert stall < 1.5
         assert said[0].startswith(
             f"saved {tmp_path / 'checkpoints' / 'iter_0000001'}; the training"
         )
