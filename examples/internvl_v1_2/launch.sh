@@ -4,6 +4,7 @@
 
 stop_signal=""
 child=""
+is_starting=""
 # torchrun hands these on to the ranks, and waits so long before it kills them. Ctrl-C is not among
 # them: the terminal sends it to everybody, and this script makes one SIGTERM of it.
 torchrun_words=(--signals-to-handle SIGTERM,SIGHUP,SIGQUIT,SIGUSR1
@@ -18,10 +19,14 @@ pass_on() {
     if [[ -n "$child" ]]; then
         say "SIG$1: handed on to process $child"
         kill -s "$1" "$child" 2>/dev/null || true
-    else
-        say "SIG$1: nothing is running that could be saved"
-        exit $((128 + $(kill -l "$1")))
-    fi
+    elif [[ -z "$is_starting" ]]; then
+        end_by_signal
+    fi # else its number is not known yet, and await tells it
+}
+
+end_by_signal() {
+    say "$stop_signal: nothing is running that could be saved"
+    exit $((128 + $(kill -l "${stop_signal#SIG}")))
 }
 
 listen_for_signals() {
@@ -33,8 +38,12 @@ listen_for_signals() {
 # foreground; returns its status.
 await() {
     local status
+    if [[ -n "$stop_signal" ]]; then end_by_signal; fi # it came when the last one had just ended
+    is_starting=1
     "$@" &
     child=$!
+    is_starting=""
+    if [[ -n "$stop_signal" ]]; then kill -s "${stop_signal#SIG}" "$child" 2>/dev/null || true; fi
     while :; do
         status=0
         wait "$child" || status=$?

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -138,6 +139,29 @@ def test_slurm_requeues_what_was_not_cancelled(
     assert status == 0, written
     assert f"stopped after iteration 7 of 60 by {reason}" in written
     assert ("scontrol requeue 7" in written) == is_requeued
+
+
+@pytest.mark.parametrize("place", ["child=$!", 'is_starting=""'])
+def test_a_signal_at_the_very_start_is_handed_on(place: str, tools: Path, tmp_path: Path) -> None:
+    """Held up just where the child lives and its number is not yet known, or only just."""
+    eight_gpus(tools)
+    put(tools, "python", STOPS)
+    text = (ROOT / "examples/internvl_v1_2/launch.sh").read_text(encoding="utf-8")
+    held_up = text.replace(f"    {place}\n", f"    sleep 1\n    {place}\n")
+    assert held_up != text
+    copy = tmp_path / "repository"
+    for name in ("pretrain.sh", "recipe.py"):
+        (copy / SCRIPT).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / SCRIPT.replace("pretrain.sh", name), copy / "examples/internvl_v1_2")
+    (copy / "examples/internvl_v1_2/launch.sh").write_text(held_up, encoding="utf-8")
+    shutil.copytree(ROOT / "tools", copy / "tools")
+    output = tmp_path / "out"
+    words = ("bash", str(copy / SCRIPT))
+    with started(tools, output, converted(tmp_path), words) as process:
+        process.send_signal(signal.SIGUSR1)
+        status, written = end(process)
+    assert status == 0, written
+    assert "stopped after iteration 7 of 60" in written
 
 
 def test_batch_file_asks_for_the_warning() -> None:
