@@ -140,7 +140,5 @@ def test_another_tokenizer_is_another_setting(tmp_path: Path) -> None:
         return find_start(replace(config, data=DataConfig(tokenizer=str(tmp_path / name))))
 
     assert start("same").checkpoint == checkpoint
-    with pytest.raises(
-        ConfigError, match=r"data\.tokenizer .*other encodes otherwise than"
-    ):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer .*other encodes otherwise than"):
         start("other")
