@@ -1,6 +1,8 @@
 """metrics.jsonl and TensorBoard: what is written, by whom, and what a resume drops."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ from mmlm.data.rejection import Reason
 from mmlm.data.step_plan import StepPlan
 from mmlm.train.metrics import MetricsLog, peak_memory_bytes
 from mmlm.train.nonfinite_count import NonfiniteCount
+from mmlm.train.stop import Stopper
 from mmlm.train.train_step import StepResult
 from tests.distributed.launch import run_ranks
 
@@ -177,3 +180,26 @@ def test_what_is_not_finite_is_null_and_counted(tmp_path: Path) -> None:
     board.Reload()
     assert board.Scalars("train/nonfinite_iterations")[0].value == 3
     assert "train/grad_norm" not in board.Tags()["scalars"]
+
+
+def _told_on_rank_one(folder: str) -> list[str | None]:
+    place: Any = SimpleNamespace(rank=dist.get_rank(), device=CPU)
+    log = MetricsLog(Path(folder), place, start_iteration=0, train_iters=9, show_progress=False)
+    reasons: list[str | None] = []
+    with Stopper() as stopper:
+        for iteration in range(3):
+            if iteration == 1 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                while not stopper.code:
+                    time.sleep(0.01)
+            result = StepResult(loss=1.0, grad_norm=1.0, learning_rate=1.0)
+            log.log(plan(iteration), result, 0.0, stopper)
+            reasons.append(stopper.reason)
+    log.close()
+    return reasons
+
+
+@pytest.mark.distributed
+def test_all_ranks_learn_of_a_stop_in_the_same_iteration(tmp_path: Path) -> None:
+    found = run_ranks(3, _told_on_rank_one, str(tmp_path))
+    assert found == [[None, "SIGUSR1", "SIGUSR1"]] * 3
