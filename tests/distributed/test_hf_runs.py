@@ -146,26 +146,30 @@ def test_exports_are_those_of_the_checkpoints_to_the_byte(runs: Runs, tmp_path: 
 
 
 def test_a_resumed_run_ignores_the_folder_and_exports_in_its_own_layout(
-    runs: Runs, world: Path, tmp_path: Path
+    world: Path, tmp_path: Path
 ) -> None:
     """TP 2 x PP 2 with virtual stages; after the last iteration though the interval does not end;
     as many exports as checkpoints stay."""
-    shutil.copytree(runs.direct, tmp_path / "run")
+    output = tmp_path / "run"
+    options: dict[str, Any] = {
+        "save_interval": 2,
+        "export_hf_interval": 2,
+        "save_total_limit": 2,
+    }
+    run_ranks(
+        2, train_rank, config(world, output, 3, OVERLAP, load_hf=str(world / "hf"), **options)
+    )
+    for folder in ("hf", "checkpoints"):
+        shutil.rmtree(output / folder / "iter_0000003")
+    (output / "checkpoints" / "latest").write_text("iter_0000002\n")
     layout = {
         "tensor_model_parallel_size": 2,
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 2,
     }
-    run = config(
-        world,
-        tmp_path / "run",
-        3,
-        layout,
-        load_hf=str(tmp_path / "gone"),
-        export_hf_interval=2,
-        save_total_limit=2,
+    run_ranks(
+        4, train_rank, config(world, output, 3, layout, load_hf=str(tmp_path / "gone"), **options)
     )
-    run_ranks(4, train_rank, run)
     names = ["iter_0000002", "iter_0000003"]
     for folder in ("hf", "checkpoints"):
         found = [each.name for each in sorted((tmp_path / "run" / folder).glob("iter_*"))]
