@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -51,7 +51,7 @@ def started(
                 time.sleep(0.02)
             yield process
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # nobody of it is left
                 os.killpg(process.pid, signal.SIGKILL)
 
 
