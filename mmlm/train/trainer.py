@@ -12,6 +12,7 @@ from mmlm.config.load import to_json
 from mmlm.config.schema import RunConfig
 from mmlm.data.loader import BatchLoader
 from mmlm.data.step_plan import consumed_samples
+from mmlm.errors import MmlmError
 from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
 from mmlm.parallel.backend import Backend
@@ -269,16 +270,27 @@ def _save(run: Run, aids: _Aids, done: int, nonfinite: NonfiniteCount) -> None:
 
 
 def _export(run: Run, aids: _Aids, done: int) -> None:
-    folder = export_hf(
-        Path(run.config.output_dir) / "hf",
-        done,
-        run.state.chunks,
-        run.start.model,
-        run.assets,
-        run.topology,
-        save_total_limit=run.config.checkpoint.save_total_limit,
-    )
-    aids.metrics.say(f"exported {folder}")
+    """Export; only the last one must succeed. Collective."""
+    try:
+        folder = export_hf(
+            Path(run.config.output_dir) / "hf",
+            done,
+            run.state.chunks,
+            run.start.model,
+            run.assets,
+            run.topology,
+            save_total_limit=run.config.checkpoint.save_total_limit,
+        )
+    except MmlmError as error:  # all ranks have it
+        if done == run.train_iters:
+            raise
+        if run.topology.rank == 0:
+            get_logger().error(
+                f"NOT EXPORTED after {done} iterations: {error}. The run goes on; "
+                "megatron_to_hf.py makes the folder of a checkpoint"
+            )
+    else:
+        aids.metrics.say(f"exported {folder}")
     aids.metrics.restart_clock()
     aids.stopper.agree(run.topology.control_group)
 

@@ -23,11 +23,11 @@ from mmlm.checkpoint import manifest, shard_writer
 from mmlm.checkpoint.manifest import iterations
 from mmlm.data.loader import BatchLoader
 from mmlm.data.sample import MAX_IMAGES_PER_SAMPLE
-from mmlm.train import trainer
+from mmlm.train import hf_export, trainer
 from mmlm.train.run_guard import WAIT_SECONDS
 from mmlm.train.stop import REPEAT_SECONDS
 from tests.faults.attempt import Attempt, attempt
-from tests.faults.campaign import Layout, finish, read_curve, train_words
+from tests.faults.campaign import SAVE_TOTAL_LIMIT, Layout, finish, read_curve, train_words
 from tests.faults.kills import Kill
 
 LAYOUT = Layout(tp=2, pp=2)
@@ -88,6 +88,14 @@ def disk_full_in_manifest(world: World) -> str:
 def disk_full_in_renaming(world: World) -> str:
     """ENOSPC when rank 0 gives the checkpoint its name."""
     return _disk_full(world, 0, manifest.Path, "rename", skip=1)
+
+
+def disk_full_in_export(world: World) -> str:
+    """ENOSPC while rank 0 writes a HuggingFace folder."""
+    _disk_full(world, 0, hf_export, "write_small_files", skip=1)
+    folders = sorted(each.name for each in (world.run / "hf").iterdir())
+    assert len(folders) == SAVE_TOTAL_LIMIT and all(name.startswith("iter_") for name in folders)
+    return "the run goes on, the next export succeeds, nothing half-written is left"
 
 
 def _disk_full(world: World, rank: int, owner: Any, name: str, skip: int) -> str:
@@ -303,6 +311,7 @@ SCENARIOS: tuple[Callable[[World], str], ...] = (
     disk_full_in_tensors,
     disk_full_in_manifest,
     disk_full_in_renaming,
+    disk_full_in_export,
     flipped_byte,
     truncated_file,
     missing_file,
