@@ -88,6 +88,7 @@ def settings(world: Path, layout: dict[str, Any] | None = None, **train: Any) ->
                 "global_batch_size": GLOBAL_BATCH_SIZE,
                 "dtype": "fp32",
                 "seed": SEED,
+            "drop_path_seed": SEED,
                 "loss_weight": "sample",
                 "vision_drop_path_rate": 0.6,
                 **train,
@@ -191,6 +192,7 @@ def test_file_is_the_reference_in_every_layout(
             "loss_weight": "sample",
             "vision_drop_path_rate": 0.0,
             "seed": SEED,
+            "drop_path_seed": SEED,
         },
         "batch": {"iteration": 0, "global_batch_size": GLOBAL_BATCH_SIZE},
     }

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from mmlm.checkpoint.integrity import INTEGRITY_FILE
 from mmlm.cli import main
 from mmlm.conversion.convert import hf_to_megatron
 from tests.distributed.launch import RankFailure, run_ranks
@@ -170,7 +171,9 @@ def test_checkpoint_that_does_not_fit(
     change: str, start: Path, recipe: str, tmp_path: Path
 ) -> None:
     manifest = start / "iter_0000000" / "mmlm.json"
-    before = manifest.read_text()
+    records = start / "iter_0000000" / INTEGRITY_FILE
+    before, sizes = manifest.read_text(), records.read_text()
+    records.unlink()  # it would name the manifest that was changed
     content: dict[str, Any] = json.loads(before)
     if change == "missing":
         content["model"]["vision"]["num_layers"] = 4
@@ -181,6 +184,7 @@ def test_checkpoint_that_does_not_fit(
         written = failing_command(["train", "--recipe", recipe], tmp_path)
     finally:
         manifest.write_text(before)
+        records.write_text(sizes)
     name = {"missing": "vision_model.decoder.layers.3", "shape": "mlp.linear_fc1.weight"}[change]
     assert name in written
 
