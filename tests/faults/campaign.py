@@ -6,6 +6,7 @@ complete checkpoint is lost, and all that are there are intact.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,8 +106,8 @@ class Outcome:
     """Complete checkpoints when the attempt began."""
     iterations_after: tuple[str, ...]
     """Complete checkpoints when all ranks had ended."""
-    resumed_at: int | None
-    """Iteration from which the next attempt went on; None: from the start."""
+    started_at: int
+    """Iterations that were done and saved when the attempt began."""
     seconds_to_end: float
     """Between the death and the end of the last rank."""
     problems: tuple[str, ...]
@@ -137,28 +138,32 @@ def run_campaign(
     for number, kill in enumerate(kills):
         layout = layouts[number % len(layouts)]
         words = train_words(world, output, **layout.settings)
-        before = _complete(output)
+        before, start = _complete(output), _newest(output)
         faults = dict.fromkeys(range(layout.world_size), slow_writing) | {kill.rank: kill}
         ended = attempt(words, layout.world_size, folder / f"logs_{number}", faults)
         after = _complete(output)
         problems = [
+            *_problems_of_start(ended.output, start),
             *_problems_of_death(ended, kill),
             *_problems_of_checkpoints(output, before, after),
             *(_problems_of_weights(output, truth) if exact else ()),
             *_problems_of_curve(output, truth, exact=exact),
         ]
-        start = after[-1] if after else None
         outcomes.append(
             Outcome(
                 kill=kill,
                 iterations_before=before,
                 iterations_after=after,
-                resumed_at=None if start is None else int(start.removeprefix("iter_")),
+                started_at=start,
                 seconds_to_end=ended.seconds_to_end,
                 problems=tuple(problems),
             )
         )
-    finish(world, output, layouts[len(kills) % len(layouts)], truth, exact=exact)
+    start = _newest(output)
+    printed = finish(world, output, layouts[len(kills) % len(layouts)], truth, exact=exact)
+    problems = _problems_of_start(printed, start)
+    if problems:
+        raise AssertionError("\n".join(problems))
     return outcomes
 
 
@@ -183,6 +188,21 @@ def finish(world: Path, output: Path, layout: Layout, truth: Path, *, exact: boo
 
 def _complete(output: Path) -> tuple[str, ...]:
     return tuple(each.name for each in iterations(output / "checkpoints"))
+
+
+def _newest(output: Path) -> int:
+    """Iterations that are saved."""
+    complete = _complete(output)
+    return int(resolve(output / "checkpoints").name.removeprefix("iter_")) if complete else 0
+
+
+def _problems_of_start(printed: str, wanted: int) -> list[str]:
+    """The run says from which iteration it goes on: the newest that was saved."""
+    found = re.search(r"^start .*, iteration (\d+)$", printed, flags=re.MULTILINE)
+    if found is None:
+        return [f"it did not say where it began:\n{printed}"]
+    began = int(found[1])
+    return [] if began == wanted else [f"it began at iteration {began}, not at {wanted}"]
 
 
 def _problems_of_death(ended: Attempt, kill: Kill) -> list[str]:

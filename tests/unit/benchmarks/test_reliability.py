@@ -14,7 +14,7 @@ def outcome(moment: Moment, *problems: str, seconds: float = 1.0) -> Outcome:
         kill=Kill(moment=moment, rank=1, turn=0, fraction=0.5),
         iterations_before=("iter_0000002",),
         iterations_after=("iter_0000002", "iter_0000004"),
-        resumed_at=4,
+        started_at=2,
         seconds_to_end=seconds,
         problems=problems,
     )
