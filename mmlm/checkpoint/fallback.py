@@ -12,10 +12,10 @@ from mmlm.checkpoint.manifest import (
     UnknownFormatError,
     name_latest,
     named_iterations,
-    remove_directory,
     tidy,
 )
-from mmlm.checkpoint.metadata import tensor_infos
+from mmlm.checkpoint.metadata import read_metadata
+from mmlm.checkpoint.patient import UnreachableFileError, size_of
 from mmlm.errors import CheckpointError
 from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
@@ -49,8 +49,8 @@ def find_intact(
         None when there is none at all, damaged or not.
 
     Raises:
-        CheckpointError: on all ranks, when there are some and none is intact, or when one is of
-            another version of mmlm.
+        CheckpointError: on all ranks, when there are some and none is intact, when one is of
+            another version of mmlm, or when a file cannot be read for a reason that may pass.
     """
 
     def candidates() -> list[Path]:
@@ -77,14 +77,14 @@ def find_intact(
 def set_damaged_aside(found: IntactCheckpoint) -> None:
     """Say loudly that a run goes back, and take the damaged names away; called by one rank.
 
-    A damaged checkpoint is renamed to ``iter_XXXXXXX.damaged``, where nothing counts or deletes it.
+    A damaged checkpoint is renamed to ``iter_XXXXXXX.damaged``, where nothing counts or deletes it;
+    where that name is taken, to ``iter_XXXXXXX.damaged.2`` and so on.
     """
     if found.damaged:
         name_latest(found.path)  # before the one that it named is gone
     for path, damage in found.damaged.items():
-        kept = path.with_name(path.name + DAMAGED_SUFFIX)
+        kept = _free_name(path, DAMAGED_SUFFIX)
         if path.exists():
-            remove_directory(kept)
             path.rename(kept)
         get_logger().error(
             f"DAMAGED CHECKPOINT {path.name}: {damage}. The run goes back to {found.path.name} and "
@@ -93,12 +93,30 @@ def set_damaged_aside(found: IntactCheckpoint) -> None:
 
 
 def _unreadable(directory: Path) -> str | None:
-    """What is wrong before any file is compared; None when manifest and metadata can be read."""
+    """What is wrong before files are compared; None if the manifest is one and all is there."""
     try:
         Manifest.read(directory)
-        tensor_infos(directory)
+        places = read_metadata(directory).storage_data or {}
     except UnknownFormatError:
         raise  # going back would not help: the others are as new
+    except UnreachableFileError:
+        raise
     except CheckpointError as error:
         return str(error)
+    # also of what has no record, or one of files that not all nodes could see
+    for name in sorted({place.relative_path for place in places.values()}):
+        try:
+            size_of(directory / name)
+        except OSError as error:
+            what = "missing" if isinstance(error, FileNotFoundError) else error.strerror
+            return f"{directory / name}: {what}, and .metadata names it"
     return None
+
+
+def _free_name(path: Path, suffix: str) -> Path:
+    """The first of NAME.suffix, NAME.suffix.2, ... that is not taken."""
+    name, number = path.with_name(path.name + suffix), 1
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}{suffix}.{number}")
+    return name

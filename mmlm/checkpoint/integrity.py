@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from mmlm.checkpoint.patient import UnreachableFileError, read_patiently, size_of
 from mmlm.errors import CheckpointError
 from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
@@ -64,7 +65,7 @@ def read_integrity(directory: Path) -> dict[str, FileRecord] | None:
     """
     file = directory / INTEGRITY_FILE
     try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = json.loads(read_patiently(Path.read_bytes, file))
         if content["version"] != _VERSION:
             raise ValueError(f"version {content['version']!r}, known is {_VERSION}")
         return {
@@ -89,11 +90,17 @@ def find_damage(
 
     Returns:
         What is wrong, naming the file, the same on every rank; None when nothing is.
+
+    Raises:
+        UnreachableFileError: on all ranks, when a file cannot be read for a reason that is not its
+            own, and no other one is damaged.
     """
 
     def look() -> tuple[str | None, dict[str, FileRecord]]:
         try:
             records = read_integrity(directory)
+        except UnreachableFileError:
+            raise
         except CheckpointError as error:
             return str(error), {}
         if records is None:
@@ -111,9 +118,18 @@ def find_damage(
     if damage is not None or not checksums or not hashed:
         return damage
     own = _share(hashed, dist.get_world_size())[dist.get_rank()]
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, _wrong_checksum(directory, own), group=group)
-    return next((each for each in found if each is not None), None)
+    damage, unreachable = None, None
+    try:
+        damage = _wrong_checksum(directory, own)
+    except UnreachableFileError as error:
+        unreachable = str(error)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (damage, unreachable), group=group)
+    damage = next((each for each, _ in found if each is not None), None)
+    unreachable = next((each for _, each in found if each is not None), None)
+    if damage is None and unreachable is not None:
+        raise UnreachableFileError(unreachable)
+    return damage
 
 
 def refuse_damage(
@@ -141,7 +157,7 @@ def _wrong_size(directory: Path, records: Mapping[str, FileRecord]) -> str | Non
     for name, record in records.items():
         file = directory / name
         try:
-            size = file.stat().st_size
+            size = size_of(file)
         except OSError as error:
             return f"{file}: {'missing' if isinstance(error, FileNotFoundError) else error}"
         if size != record.bytes:
@@ -153,7 +169,7 @@ def _wrong_checksum(directory: Path, records: Mapping[str, FileRecord]) -> str |
     for name, record in records.items():
         file = directory / name
         try:
-            found = sha256_of(file)
+            found = read_patiently(sha256_of, file)
         except OSError as error:
             return f"{file}: cannot be read: {error.strerror or error}"
         if found != record.sha256:

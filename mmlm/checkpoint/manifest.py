@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mmlm.checkpoint.patient import read_patiently
 from mmlm.config.load import from_json
 from mmlm.config.model import ModelConfig
 from mmlm.errors import CheckpointError, ConfigError
@@ -87,7 +88,7 @@ def read_manifest_json(directory: Path) -> dict[str, Any]:
     """Read the json of a manifest, of a whole model or of one part; errors as `Manifest.read`."""
     file = directory / MANIFEST_FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_patiently(Path.read_bytes, file))
     except FileNotFoundError:
         raise CheckpointError(f"{file}: missing; not a checkpoint of mmlm") from None
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from mmlm.checkpoint.patient import size_of
 from mmlm.checkpoint.safe_pickle import read_metadata_file
 from mmlm.errors import CheckpointError
 
@@ -37,9 +38,13 @@ def read_metadata(directory: Path) -> Metadata:
     """Everything that a checkpoint says of its tensors; errors as in `tensor_infos`."""
     # metadata.json is written last: without it the save did not finish.
     for name in ("metadata.json", ".metadata"):
-        if not (directory / name).is_file():
+        try:
+            size_of(directory / name)
+        except OSError as error:
+            is_gone = isinstance(error, FileNotFoundError)
+            reason = "is missing" if is_gone else f"cannot be read: {error.strerror}"
             raise CheckpointError(
-                f"{directory}: not a complete checkpoint, {name} is missing; "
+                f"{directory}: not a complete checkpoint, {name} {reason}; "
                 "give an iteration's directory or the folder that holds `latest`"
-            )
+            ) from error
     return read_metadata_file(directory / ".metadata")

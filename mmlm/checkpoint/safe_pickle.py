@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
+from mmlm.checkpoint.patient import UnreachableFileError, read_patiently
 from mmlm.errors import CheckpointError
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -56,12 +57,15 @@ def read_metadata_file(file: Path) -> Metadata:
 
     Raises:
         CheckpointError: when it is damaged, or names anything but what it consists of.
+        UnreachableFileError: when it cannot be read for a reason that is not its own.
     """
     try:
-        with open(file, "rb") as stream:
-            metadata = _MetadataUnpickler(stream).load()
+        content = read_patiently(Path.read_bytes, file)
+        metadata = _MetadataUnpickler(io.BytesIO(content)).load()
         if not isinstance(metadata, Metadata):
             raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__}")
+    except UnreachableFileError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{file}: damaged, or not from a checkpoint: {error}") from error
     return metadata
@@ -76,10 +80,19 @@ def refuse_code(file: Path | str, content: bytes | None = None) -> None:
 
     Raises:
         CheckpointError: when it is damaged or would run something.
+        UnreachableFileError: when it cannot be read for a reason that is not its own.
     """
-    source: Path | BinaryIO = Path(file) if content is None else io.BytesIO(content)
-    try:
+
+    def load(source: Path | BinaryIO) -> None:
         torch.load(source, map_location="cpu", weights_only=True)
+
+    try:
+        if content is None:
+            read_patiently(load, Path(file))
+        else:
+            load(io.BytesIO(content))
+    except UnreachableFileError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         reason = str(error).strip().splitlines() or [""]
         # torch's text goes on with how to switch the check off

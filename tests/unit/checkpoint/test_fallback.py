@@ -147,3 +147,25 @@ def test_a_checkpoint_that_was_being_replaced_gets_its_name_back(root: Path) -> 
         shutil.copytree(root / "iter_0000009", root / ".iter_0000009.replaced")
         find_intact(root, checksums=True)
     assert not (root / ".iter_0000009.replaced").exists()
+
+
+def test_what_the_metadata_names_must_be_there_also_without_a_record(root: Path) -> None:
+    newest = root / "iter_0000009"
+    (newest / "integrity.json").unlink()
+    (newest / "__0_0.distcp").unlink()
+    with group_of_one():
+        found = find_intact(root, checksums=True)
+    assert found is not None and found.path.name == "iter_0000006"
+    assert "__0_0.distcp: missing, and .metadata names it" in found.damaged[newest]
+
+
+def test_an_earlier_damaged_one_is_kept_beside_the_next(root: Path) -> None:
+    for kept in ("iter_0000009.damaged", "iter_0000009.damaged.2", "iter_0000009.damaged.3"):
+        with group_of_one():
+            save(root, 9)
+            damage(root / "iter_0000009", "flipped")
+            found = find_intact(root, checksums=True)
+            assert found is not None
+            set_damaged_aside(found)
+        assert (root / kept / MANIFEST_FILE).is_file()
+    assert (root / "iter_0000009.damaged").is_dir()
