@@ -88,8 +88,8 @@ def as_markdown(outcomes: Sequence[Outcome], seen: Sequence[Seen]) -> str:
         "was still there (or deleted for newer ones, as `checkpoint.save_total_limit` says) and "
         "equal to the bit to what the uninterrupted run had saved; the same command went on from "
         "the newest of them; and loss, gradient norm, learning rate and samples of every "
-        "iteration were those of the uninterrupted run, to the bit in the same layout, to 1e-6 where the layout changed at "
-        "each resume. Rank, moment and depth are drawn from a seed.",
+        "iteration were those of the uninterrupted run, to the bit in the same layout, to 1e-6 "
+        "where the layout changed at each resume. Rank, moment and depth are drawn from a seed.",
         "",
         "| killed | times | without a trace | checkpoints lost | longest until all had ended |",
         "|---|--:|--:|--:|--:|",
