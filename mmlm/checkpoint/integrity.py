@@ -36,22 +36,35 @@ class FileRecord:
     """Its checksum in hexadecimal digits; None if unknown."""
 
 
-def write_integrity(directory: Path, checksums: Mapping[str, str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile(FileRecord):
+    """A file that a rank says it has written."""
+
+    rank: int
+    """Which rank."""
+
+
+def write_integrity(directory: Path, written: Mapping[str, WrittenFile]) -> None:
     """Write the record of a directory that is otherwise complete.
 
     Args:
         directory: of an iteration, not published yet.
-        checksums: file name -> SHA-256 of the files that were hashed while they were written. Of
-            the others, small ones are read for it and large ones have their size recorded alone.
+        written: file name -> what the ranks have hashed while they wrote it. Of the other files,
+            small ones are read for it and large ones have their size recorded alone.
+
+    Raises:
+        CheckpointError: when a file of ``written`` is not here, or is of another size.
     """
-    records = {}
+    _refuse_absent(directory, written)
+    records = {
+        name: asdict(FileRecord(bytes=each.bytes, sha256=each.sha256))
+        for name, each in written.items()
+    }
     for file in sorted(directory.rglob("*")):
         name, is_own = file.relative_to(directory).as_posix(), file.name == INTEGRITY_FILE
-        if file.is_file() and not is_own:
+        if file.is_file() and not is_own and name not in records:
             size = file.stat().st_size
-            checksum = checksums.get(name)
-            if checksum is None and size <= _SMALL_BYTES:
-                checksum = sha256_of(file)
+            checksum = sha256_of(file) if size <= _SMALL_BYTES else None
             records[name] = asdict(FileRecord(bytes=size, sha256=checksum))
     text = json.dumps({"version": _VERSION, "files": records}, indent=1)
     (directory / INTEGRITY_FILE).write_text(text + "\n", encoding="utf-8")
@@ -151,6 +164,21 @@ def sha256_of(file: Path) -> str:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()
+
+
+def _refuse_absent(directory: Path, written: Mapping[str, WrittenFile]) -> None:
+    """Look, on this rank, for what all ranks have written."""
+    problems = []
+    for name, each in sorted(written.items()):
+        problem = _wrong_size(directory, {name: each})
+        if problem is not None:
+            problems.append(f"{problem.removeprefix(f'{directory}/')} (by rank {each.rank})")
+    if problems:
+        raise CheckpointError(
+            f"{directory}: of {len(written)} files that the ranks have written, rank 0 does not "
+            f"find {len(problems)} as they were written: {'; '.join(problems)}. Every rank must "
+            "write to one shared file system: put output_dir on one"
+        )
 
 
 def _wrong_size(directory: Path, records: Mapping[str, FileRecord]) -> str | None:

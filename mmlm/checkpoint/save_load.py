@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 
 from mmlm.checkpoint.assets import write_assets
-from mmlm.checkpoint.integrity import write_integrity
+from mmlm.checkpoint.integrity import WrittenFile, write_integrity
 from mmlm.checkpoint.manifest import (
     ASSETS_DIR,
     Manifest,
@@ -79,18 +79,18 @@ class PendingCheckpoint:
                 previous checkpoint is intact.
         """
         with _nothing_left(self._unfinished):
-            checksums = self._shards.finish(self._group)
-            final = on_rank_zero(lambda: self._complete(checksums), self._group)
+            written = self._shards.finish(self._group)
+            final = on_rank_zero(lambda: self._complete(written), self._group)
         on_rank_zero(lambda: _prune(self._root, save_total_limit), self._group)
         return final
 
-    def _complete(self, checksums: Mapping[str, str]) -> Path:
+    def _complete(self, written: Mapping[str, WrittenFile]) -> Path:
         folder = self._unfinished
         try:
             self._manifest.write(folder)
             if self._assets:
                 write_assets(folder / ASSETS_DIR, self._assets)
-            write_integrity(folder, checksums)
+            write_integrity(folder, written)
             return publish(folder, self._root, self._manifest.iteration)
         except OSError as error:
             if error.filename is not None:
@@ -136,7 +136,8 @@ def save_checkpoint(
         Its directory.
 
     Raises:
-        MmlmError: on all ranks, if writing failed on any; the previous checkpoint is intact.
+        MmlmError: on all ranks, if writing failed on any or rank 0 does not find what another has
+            written; the previous checkpoint is intact.
     """
     pending = PendingCheckpoint(root, sharded_state, manifest, assets=assets, group=control_group)
     pending.write()

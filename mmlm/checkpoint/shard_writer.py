@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
+from mmlm.checkpoint.integrity import WrittenFile
 from mmlm.checkpoint.row_stream import BLOCK_BYTES, write_at
 from mmlm.checkpoint.streamed import CONFIG
 from mmlm.checkpoint.torch_files import Frame, frame_of
@@ -66,7 +67,7 @@ class ShardWriter:
         self._directory, self._file_name = directory, file_name
         self._items, self._metadata, self._common = items, metadata, common
         self._results: list[WriteResult] = []
-        self._checksums: dict[str, str] = {}
+        self._written: dict[str, WrittenFile] = {}
         self._failure: str | None = None
 
     @property
@@ -102,24 +103,26 @@ class ShardWriter:
             file.sync()
         finally:
             file.close()
-        self._checksums[self._file_name] = file.checksum
+        self._written[self._file_name] = WrittenFile(
+            bytes=file.end, sha256=file.checksum, rank=dist.get_rank()
+        )
 
-    def finish(self, group: dist.ProcessGroup | None = None) -> dict[str, str]:
+    def finish(self, group: dist.ProcessGroup | None = None) -> dict[str, WrittenFile]:
         """Collect what all ranks have written and write what says so; collective.
 
         Args:
             group: all ranks, for small messages.
 
         Returns:
-            On rank 0: file name -> SHA-256 of the files of all ranks.
+            On rank 0: file name -> size and SHA-256 of the files of all ranks.
 
         Raises:
             CheckpointError: on all ranks, when writing failed on any of them.
         """
-        own = (self._failure, self._results, self._checksums)
+        own = (self._failure, self._results, self._written)
         gathered: list[Any] | None = [None] * dist.get_world_size() if _is_rank_zero() else None
         dist.gather_object(own, gathered, dst=0, group=group)
-        checksums: dict[str, str] = {}
+        written: dict[str, WrittenFile] = {}
 
         def complete() -> None:
             assert gathered is not None
@@ -135,10 +138,10 @@ class ShardWriter:
             except (OSError, RuntimeError) as error:  # torch.save gives a full disk as the latter
                 raise _unwritten(self._directory, f"rank 0: {one_line(error)}") from error
             for _, _, of_rank in gathered:
-                checksums.update(of_rank)
+                written.update(of_rank)
 
         on_rank_zero(complete, group)
-        return checksums
+        return written
 
     def _write_rest(self, results: list[list[WriteResult]]) -> None:
         torch.save(dict(self._common), self._directory / "common.pt")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mmlm.checkpoint import integrity
 from mmlm.checkpoint.integrity import (
     INTEGRITY_FILE,
+    WrittenFile,
     find_damage,
     read_integrity,
     refuse_damage,
@@ -27,7 +28,8 @@ def directory(tmp_path: Path) -> Path:
     (tmp_path / "hf_assets").mkdir()
     for name, content in CONTENT.items():
         (tmp_path / name).write_bytes(content)
-    write_integrity(tmp_path, {"__0_0.distcp": sha256(b"a" * 5000).hexdigest()})
+    checksum = sha256(b"a" * 5000).hexdigest()
+    write_integrity(tmp_path, {"__0_0.distcp": WrittenFile(bytes=5000, sha256=checksum, rank=0)})
     return tmp_path
 
 
@@ -55,6 +57,21 @@ def test_of_large_files_without_checksum_the_size_is_recorded(
         (directory / "__0_0.distcp").write_bytes(b"c" * 4999)
         damage = find_damage(directory, checksums=False)
         assert damage is not None and "has 4999 bytes, 5000 were written" in damage
+
+
+def test_what_a_rank_wrote_elsewhere_is_named(directory: Path) -> None:
+    (directory / INTEGRITY_FILE).unlink()
+    written = {
+        "__1_0.distcp": WrittenFile(bytes=301, sha256="1" * 64, rank=1),
+        "__9_0.distcp": WrittenFile(bytes=300, sha256="9" * 64, rank=9),
+    }
+    with pytest.raises(CheckpointError) as caught:
+        write_integrity(directory, written)
+    text = str(caught.value)
+    assert "__1_0.distcp: has 300 bytes, 301 were written (by rank 1)" in text
+    assert "__9_0.distcp: missing (by rank 9)" in text
+    assert "Every rank must write to one shared file system" in text
+    assert not (directory / INTEGRITY_FILE).exists()
 
 
 def _both(directory: Path, file: str, kind: str) -> tuple[str | None, str | None]:

@@ -74,3 +74,34 @@ def test_failure_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
 def test_without_assets_there_is_no_folder_for_them(tmp_path: Path) -> None:
     run_ranks(2, _save, str(tmp_path), 1, {}, 0)
     assert not (resolve(tmp_path) / ASSETS_DIR).exists()
+
+
+def _save_on_two_disks(root: str) -> str:
+    topology.initialize(ParallelConfig(tensor_model_parallel_size=2))
+    manifest = Manifest(
+        iteration=2,
+        consumed_samples=0,
+        dtype="fp32",
+        model=tiny(),
+        run_config=None,
+        has_optimizer=True,
+    )
+    own = Path(root) if dist.get_rank() == 0 else Path(root + "_of_node_1")
+    data = torch.zeros(2, 3)
+    try:
+        save_checkpoint(own, state(data), manifest, assets={}, save_total_limit=1)
+    except MmlmError as error:
+        return str(error)
+    return "saved"
+
+
+@pytest.mark.distributed
+def test_without_a_shared_file_system_nothing_is_published_or_pruned(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    run_ranks(2, _save, str(root), 1, {}, 1)
+    found = run_ranks(2, _save_on_two_disks, str(root))
+    assert found[0] == found[1]
+    assert "__1_0.distcp: missing (by rank 1)" in found[0]
+    assert "Every rank must write to one shared file system" in found[0]
+    assert resolve(root).name == "iter_0000001"
+    assert [each.name for each in root.glob("*iter_*")] == ["iter_0000001"]
