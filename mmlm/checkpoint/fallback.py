@@ -10,6 +10,7 @@ from mmlm.checkpoint.integrity import find_damage
 from mmlm.checkpoint.manifest import (
     Manifest,
     UnknownFormatError,
+    above_latest,
     name_latest,
     named_iterations,
     tidy,
@@ -21,6 +22,7 @@ from mmlm.log import get_logger
 from mmlm.parallel.agreement import on_rank_zero
 
 DAMAGED_SUFFIX = ".damaged"
+ABANDONED_SUFFIX = ".abandoned"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,8 @@ class IntactCheckpoint:
     """One iteration's directory."""
     damaged: dict[Path, str]
     """What would have come before it -> what is wrong with it, naming the file."""
+    abandoned: tuple[Path, ...] = ()
+    """What lies above the iteration that ``latest`` names, from which the run has been led away."""
 
 
 def find_intact(
@@ -53,22 +57,25 @@ def find_intact(
             another version of mmlm, or when a file cannot be read for a reason that may pass.
     """
 
-    def candidates() -> list[Path]:
+    def look() -> tuple[list[Path], tuple[Path, ...]]:
         tidy(root)
-        return named_iterations(root)
+        return named_iterations(root), tuple(above_latest(root))
 
     damaged: dict[Path, str] = {}
-    for candidate in on_rank_zero(candidates, group):
+    candidates, abandoned = on_rank_zero(look, group)
+    for candidate in candidates:
         damage = on_rank_zero(partial(_unreadable, candidate), group)
         if damage is None:
             damage = find_damage(candidate, checksums=checksums, group=group)
         if damage is None:
-            return IntactCheckpoint(path=candidate, damaged=damaged)
+            return IntactCheckpoint(path=candidate, damaged=damaged, abandoned=abandoned)
         damaged[candidate] = damage
     if damaged:
+        not_tried = ", ".join(each.name for each in abandoned)
         raise CheckpointError(
             f"{root}: none of {len(damaged)} checkpoints is intact, so the run cannot go on: "
             + "; ".join(damaged.values())
+            + (f"; above what `latest` names, so not tried: {not_tried}" if not_tried else "")
             + ". Bring one back from a copy, or start a new run in another output_dir"
         )
     return None
@@ -78,8 +85,17 @@ def set_damaged_aside(found: IntactCheckpoint) -> None:
     """Say loudly that a run goes back, and take the damaged names away; called by one rank.
 
     A damaged checkpoint is renamed to ``iter_XXXXXXX.damaged``, where nothing counts or deletes it;
-    where that name is taken, to ``iter_XXXXXXX.damaged.2`` and so on.
+    where that name is taken, to ``iter_XXXXXXX.damaged.2`` and so on. So is what lies above the
+    iteration that ``latest`` names, to ``iter_XXXXXXX.abandoned``: the run is about to do these
+    iterations again, and nothing could tell the two branches apart later.
     """
+    for path in found.abandoned:
+        kept = _free_name(path, ABANDONED_SUFFIX)
+        path.rename(kept)
+        get_logger().warning(
+            f"{path.name} is newer than what `latest` names, and the run goes on from "
+            f"{found.path.name}: it is kept as {kept.name}, which nothing counts or deletes"
+        )
     if found.damaged:
         name_latest(found.path)  # before the one that it named is gone
     for path, damage in found.damaged.items():

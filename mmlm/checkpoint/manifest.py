@@ -208,16 +208,16 @@ def prune(root: Path, save_total_limit: int) -> list[Path]:
 
     Args:
         root: folder of the checkpoints.
-        save_total_limit: how many of the newest stay; 0 keeps all. The one that ``latest`` names,
-            the newest complete one, always stays.
+        save_total_limit: how many of the newest stay; 0 keeps all. The newest is the one that
+            ``latest`` names; what lies above it neither counts nor is deleted.
 
     Returns:
         What was deleted.
     """
     if save_total_limit == 0:
         return []
-    current = resolve(root)
-    old = [each for each in iterations(root)[:-save_total_limit] if each != current]
+    current = _number(resolve(root))
+    old = [each for each in iterations(root) if _number(each) <= current][:-save_total_limit]
     for each in old:
         doomed = root / f".{each.name}.deleted"  # a kill leaves no half of it under its name
         remove_directory(doomed)
@@ -245,20 +245,47 @@ def tidy(root: Path) -> None:
 def named_iterations(root: Path) -> list[Path]:
     """Every directory with the name of an iteration, complete or not, in the order of trust.
 
-    The one that ``latest`` names comes first, also when it is not there; then from the newest to
-    the oldest.
+    The one that ``latest`` names comes first, also when it is not there; then those before it, from
+    the newest to the oldest. Those above it are not among them, see `above_latest`.
     """
+    newest_first = _all_named(root)
+    latest = _named_by_latest(root)
+    if latest is None:
+        return newest_first
+    return [latest, *(each for each in newest_first if _number(each) < _number(latest))]
+
+
+def above_latest(root: Path) -> list[Path]:
+    """Directories of iterations above the one that ``latest`` names, from the newest.
+
+    Somebody has gone back before them, or a kill came between the rename and naming the iteration.
+    """
+    latest = _named_by_latest(root)
+    if latest is None:
+        return []
+    return [each for each in _all_named(root) if _number(each) > _number(latest)]
+
+
+def _all_named(root: Path) -> list[Path]:
     found = [
         (int(match.group(1)), each)
         for each in (root.iterdir() if root.is_dir() else ())
         if (match := _ITERATION.fullmatch(each.name)) and each.is_dir()
     ]
-    newest_first = [each for _, each in sorted(found, reverse=True)]
+    return [each for _, each in sorted(found, reverse=True)]
+
+
+def _named_by_latest(root: Path) -> Path | None:
     latest = root / LATEST_FILE
     name = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
-    if not _ITERATION.fullmatch(name):
-        return newest_first
-    return [root / name, *(each for each in newest_first if each.name != name)]
+    return root / name if _ITERATION.fullmatch(name) else None
+
+
+def _number(directory: Path) -> int:
+    """Iteration of a directory with such a name, also under the second one of `_aside`."""
+    match = _ITERATION.search(directory.name)
+    assert match is not None, directory
+    return int(match.group(1))
 
 
 def remove_directory(directory: Path) -> None:

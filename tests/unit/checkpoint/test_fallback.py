@@ -169,3 +169,31 @@ def test_an_earlier_damaged_one_is_kept_beside_the_next(root: Path) -> None:
             set_damaged_aside(found)
         assert (root / kept / MANIFEST_FILE).is_file()
     assert (root / "iter_0000009.damaged").is_dir()
+
+
+def test_a_branch_that_was_left_on_purpose_is_set_aside_and_never_counted(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "latest").write_text("iter_0000003\n")
+    monkeypatch.setattr(fallback.get_logger(), "propagate", True)
+    with group_of_one(), caplog.at_level("WARNING", "mmlm"):
+        found = find_intact(root, checksums=True)
+        assert found is not None and found.path.name == "iter_0000003" and not found.damaged
+        set_damaged_aside(found)
+        assert "iter_0000009 is newer than what `latest` names" in caplog.text
+        save(root, 7, limit=2)
+        assert [each.name for each in iterations(root)] == ["iter_0000003", "iter_0000007"]
+        damage(root / "iter_0000007", "flipped")
+        found = find_intact(root, checksums=True)
+    assert found is not None and found.path.name == "iter_0000003" and not found.abandoned
+    assert (root / "iter_0000006.abandoned" / MANIFEST_FILE).is_file()
+    assert (root / "iter_0000009.abandoned" / MANIFEST_FILE).is_file()
+
+
+def test_above_latest_nothing_is_fallen_back_to(root: Path) -> None:
+    (root / "latest").write_text("iter_0000003\n")
+    damage(root / "iter_0000003", "flipped")
+    with group_of_one(), pytest.raises(CheckpointError) as caught:
+        find_intact(root, checksums=True)
+    assert "none of 1 checkpoints is intact" in str(caught.value)
+    assert "so not tried: iter_0000009, iter_0000006" in str(caught.value)

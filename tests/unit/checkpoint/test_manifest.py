@@ -187,3 +187,11 @@ def test_prune_keeps_the_newest_and_the_latest(tmp_path: Path):
     assert [each.name for each in prune(tmp_path, 1)] == ["iter_0000200", "iter_0000400"]
     assert [each.name for each in iterations(tmp_path)] == ["iter_0000600", "iter_0001000"]
     assert iterations(tmp_path / "nowhere") == []
+
+
+def test_prune_after_going_back_keeps_the_new_branch(tmp_path: Path):
+    for iteration in (400, 600, 800, 200, 300):
+        save(tmp_path, iteration)
+    assert prune(tmp_path, 2) == []
+    assert [each.name for each in prune(tmp_path, 1)] == ["iter_0000200"]
+    assert len(iterations(tmp_path)) == 4
