@@ -82,17 +82,21 @@ class BadNumbers:
 
         def write() -> str:
             report = self._report(plan, result, count, loss, findings)
-            file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", "utf-8")
-            return describe(report)
+            text = json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+            try:
+                file.write_text(text, "utf-8")
+            except OSError as error:  # a full disk is no reason to end here, nor to hide why
+                return f"{describe(report)}. {file} CANNOT BE WRITTEN: {error.strerror or error}"
+            return f"{describe(report)}. All is in {file}"
 
         found = on_rank_zero(write, self.topology.control_group)
         if is_last:
             raise DivergenceError(
-                f"{headline}; train.max_nonfinite_iterations is {self.limit}. {found}. All is in "
-                f"{file}. Nothing was saved after this iteration: mend or take out these samples, "
+                f"{headline}; train.max_nonfinite_iterations is {self.limit}. {found}. "
+                "Nothing was saved after this iteration: mend or take out these samples, "
                 "or resume from an earlier checkpoint with a lower learning rate"
             )
-        get_logger().warning(f"{headline}. {found}. All is in {file}")
+        get_logger().warning(f"{headline}. {found}")
 
     def _report(
         self,

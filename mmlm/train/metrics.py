@@ -1,6 +1,5 @@
 """Numbers of each iteration: one JSON line, TensorBoard scalars and the progress bar."""
 
-import json
 import math
 import resource
 import time
@@ -9,13 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from mmlm.data.dataset import Dataset
 from mmlm.data.ledger import count_entries
 from mmlm.data.step_plan import StepPlan
 from mmlm.parallel.topology import Topology
+from mmlm.train.board import Board
+from mmlm.train.line_file import LineFile, drop_lines_from
 from mmlm.train.nonfinite_count import NonfiniteCount
 from mmlm.train.stop import Stopper
 from mmlm.train.train_step import StepResult
@@ -27,8 +27,8 @@ class MetricsLog:
     """Writes the metrics of a run; only rank 0 touches files.
 
     ``metrics.jsonl`` has one line an iteration with full precision; null stands for a number that
-    is not finite. A run that resumes drops the
-    lines of iterations that it will do again.
+    is not finite. A run that resumes drops the lines of iterations that it will do again. What
+    cannot be written, on a full disk say, is missing and costs the run nothing else.
 
     Args:
         output_dir: of the run.
@@ -162,7 +162,6 @@ class MetricsLog:
     def close(self) -> None:
         """End the files and the bar."""
         if self._outputs is not None:
-            self._outputs.file.close()
             self._outputs.board.close()
             self._outputs.bar.close()
 
@@ -175,8 +174,8 @@ class _Outputs:
     ) -> None:
         path = output_dir / METRICS_FILE
         drop_lines_from(path, start_iteration)
-        self.file = path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=start_iteration)
+        self.file = LineFile(path)
+        self.board = Board(output_dir / "tensorboard", purge_step=start_iteration)
         self.bar = tqdm(
             total=train_iters,
             initial=start_iteration,
@@ -187,8 +186,7 @@ class _Outputs:
         )
 
     def write(self, line: dict[str, Any]) -> None:
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        self.file.append(line)
         for name, value in line.items():
             if name != "iteration" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, line["iteration"])
@@ -204,20 +202,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _or_null(value: float) -> float | None:
     """JSON has no nan and no inf."""
     return value if math.isfinite(value) else None
-
-
-def drop_lines_from(path: Path, start_iteration: int) -> None:
-    """Take out the lines of iterations that will be done again, and one that a kill cut short."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if iteration_of(line) < start_iteration]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-
-
-def iteration_of(line: str) -> float:
-    """The iteration of a line; infinite for one that a kill cut short."""
-    try:
-        return json.loads(line)["iteration"]
-    except ValueError:  # a line cut short by a kill
-        return float("inf")

@@ -1,13 +1,15 @@
 """Loss spikes of a run and the samples that were trained on: ``loss_spikes.jsonl``."""
 
 import json
+import math
 from collections import deque
 from pathlib import Path
 
 from mmlm.data.step_plan import StepPlan
 from mmlm.log import get_logger
+from mmlm.train.line_file import LineFile, drop_lines_from, iteration_of
 from mmlm.train.loss_spikes import find_spike
-from mmlm.train.metrics import METRICS_FILE, drop_lines_from, iteration_of
+from mmlm.train.metrics import METRICS_FILE
 
 SPIKES_FILE = "loss_spikes.jsonl"
 
@@ -30,8 +32,8 @@ class SpikeLog:
         self, output_dir: Path, *, start_iteration: int, factor: float, window: int
     ) -> None:
         self._factor = factor
-        self._file = output_dir / SPIKES_FILE
-        drop_lines_from(self._file, start_iteration)
+        self._file = LineFile(output_dir / SPIKES_FILE)
+        drop_lines_from(self._file.path, start_iteration)
         self._losses: deque[float] = deque(
             _losses_before(output_dir / METRICS_FILE, start_iteration), maxlen=window
         )
@@ -62,12 +64,12 @@ class SpikeLog:
                 [list(row) for rows in rank for row in rows] for rank in plan.microbatches
             ],
         }
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        is_written = self._file.append(line)
+        where = f"in {self._file.path}" if is_written else f"written nowhere: {line['sample_ids']}"
         get_logger().warning(
             f"loss spike: iteration {plan.iteration} has loss {loss:.4f}, and the median of the "
             f"last {usual.num_losses} is {usual.median:.4f} (limit {line['limit']:.4f}); its "
-            f"{plan.num_samples} samples are in {self._file}"
+            f"{plan.num_samples} samples are {where}"
         )
         return True
 
@@ -77,4 +79,5 @@ def _losses_before(metrics: Path, start_iteration: int) -> list[float]:
         return []
     lines = metrics.read_text(encoding="utf-8").splitlines()
     kept = [json.loads(line) for line in lines if iteration_of(line) < start_iteration]
-    return [line["loss"] for line in kept if line["loss"] is not None]
+    # null stands for a loss that is not finite, which takes a place in the window as well
+    return [math.nan if line["loss"] is None else line["loss"] for line in kept]

@@ -82,3 +82,22 @@ def test_a_resume_judges_as_if_there_had_been_no_interruption(tmp_path: Path) ->
 def test_without_metrics_nothing_is_usual_yet(tmp_path: Path) -> None:
     assert run(tmp_path, [1.0] * 45 + [9.0], 30, 46) == []
     assert not (tmp_path / "loss_spikes.jsonl").exists()
+
+
+def test_an_iteration_left_out_takes_its_place_in_a_resumed_window(tmp_path: Path) -> None:
+    metrics = [{"iteration": k, "loss": None if k % 2 else 1.0} for k in range(60)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in metrics))
+    log = SpikeLog(tmp_path, start_iteration=60, factor=8.0, window=30)
+    # the last 30 have 15 losses, as in a run without an interruption: too few to judge by
+    assert not log.look(plan(60), 9.0)
+
+
+def test_a_spike_that_cannot_be_written_is_said_with_its_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = SpikeLog(tmp_path, start_iteration=0, factor=8.0, window=30)
+    (tmp_path / "loss_spikes.jsonl").mkdir()
+    for iteration in range(25):
+        log.look(plan(iteration), 1.0)
+    assert log.look(plan(25), 9.0)
+    assert "CANNOT BE WRITTEN" in caplog.text and "written nowhere: [[[100], [101]]" in caplog.text
