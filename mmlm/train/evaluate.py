@@ -1,7 +1,7 @@
 """Loss and exact match of the assistant's answers on a held-out split."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,7 @@ from mmlm.data.packing import packing_cost
 from mmlm.data.planners import EvaluationPlanner
 from mmlm.models.internvl_model import InternVLModel
 from mmlm.parallel.topology import Topology
-from mmlm.train.forward_step import SampleScore, evaluation_forward_step
+from mmlm.train.forward_step import ForwardStep, SampleScore, evaluation_forward_step
 from mmlm.train.stop import Stopper
 from mmlm.train.train_step import run_schedule
 
@@ -33,6 +33,7 @@ def evaluate(
     *,
     with_pixels: bool,
     stopper: Stopper | None = None,
+    counting: Callable[[ForwardStep], ForwardStep] | None = None,
 ) -> dict[str, Any]:
     """Judge every sample of a split once, without drop path; collective.
 
@@ -44,6 +45,7 @@ def evaluate(
         topology: this rank's place.
         with_pixels: whether images enter the model on this rank.
         stopper: what may end it early; asked before each batch.
+        counting: wraps the forward step, so that a watch sees that it moves on.
 
     Returns:
         On rank 0 ``{"total": scores, "sets": {name: scores}}`` with ``loss`` (mean over supervised
@@ -62,7 +64,9 @@ def evaluate(
         microbatch_multiple=config.parallel.microbatch_multiple,
         cost=packing_cost(sizes),
     )
-    step = evaluation_forward_step(sizes, topology)
+    step: ForwardStep = evaluation_forward_step(sizes, topology)
+    if counting is not None:
+        step = counting(step)
     scores: list[SampleScore] = []
     with (
         _left_in_training(model),

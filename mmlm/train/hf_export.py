@@ -100,6 +100,16 @@ def export_hf(
     return on_rank_zero(complete, group)
 
 
+def remove_leftovers(root: Path) -> None:
+    """Delete what killed exports have left; for one rank, while no other run is here.
+
+    Args:
+        root: as for `export_hf`; it may be missing.
+    """
+    for each in root.glob(".iter_*.tmp"):
+        shutil.rmtree(each, ignore_errors=True)
+
+
 def _stream(
     entries: Sequence[Entry], shards: Sequence[ShardedTensor], topology: Topology
 ) -> Iterator[tuple[str, Tensor]]:

@@ -48,6 +48,7 @@ class Saver:
         self._say, self._note_stall = say, note_stall
         self._pending: PendingCheckpoint | None = None
         self._thread: threading.Thread | None = None
+        self._published = -1  # the iteration of the last one that is complete
         self._started = 0.0
         self._stall_seconds = 0.0
 
@@ -89,6 +90,14 @@ class Saver:
         self._stall_seconds = time.perf_counter() - self._started
         if is_last or not self._settings.async_save:
             self._finish(must_succeed=is_last)
+
+    def holds(self, iteration: int) -> bool:
+        """Whether the checkpoint of an iteration was saved here and is complete or being written.
+
+        Not collective, and the same on every rank. `close` raises where one being written fails.
+        """
+        pending = None if self._pending is None else self._pending.iteration
+        return iteration in (pending, self._published)
 
     def finish_ready(self) -> bool:
         """Publish the checkpoint that is being written, if all ranks have written it.
@@ -133,6 +142,7 @@ class Saver:
         except MmlmError as error:
             self._failed(pending.iteration, error, must_succeed=must_succeed)
             return
+        self._published = pending.iteration
         now = time.perf_counter()
         self._stall_seconds += now - waiting
         self._say(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mmlm.checkpoint.manifest import Manifest, iterations
+from mmlm.checkpoint.manifest import Manifest, iteration_name, iterations
 from mmlm.config.load import to_json
 from mmlm.config.schema import RunConfig
 from mmlm.data.loader import BatchLoader
@@ -21,7 +21,7 @@ from mmlm.train.bad_numbers import BadNumbers
 from mmlm.train.determinism import make_deterministic
 from mmlm.train.evaluate import evaluate
 from mmlm.train.forward_step import DropPath, ForwardStep, training_forward_step
-from mmlm.train.hf_export import export_hf
+from mmlm.train.hf_export import export_hf, remove_leftovers
 from mmlm.train.metrics import MetricsLog
 from mmlm.train.nonfinite_count import NonfiniteCount
 from mmlm.train.optimizer import gather_parameters
@@ -66,6 +66,7 @@ def train(
             get_logger().info(
                 f"nothing to do: iteration {run.start.iteration} of {run.train_iters} is done"
             )
+            _make_up_export(run)
             return
         _iterate(run, stopper)
 
@@ -147,11 +148,12 @@ def _iterate(run: Run, stopper: Stopper) -> None:
             aids.metrics.log(plan, result, waited, stopper, nonfinite)
             if aids.spikes is not None:
                 aids.spikes.look(plan, result.loss)
+            watch.at("publishing", iteration)
             if aids.saver.finish_ready():
                 aids.metrics.restart_clock()
-            watch.at("replay", iteration)
             if not result.is_finite:
                 aids.saver.settle()  # what follows may end the run
+            watch.at("replay", iteration)
             aids.bad_numbers.handle(plan, batches, forward_step, result, nonfinite)
             watch.at("saving", iteration)
             _save_and_evaluate(run, aids, iteration + 1, nonfinite)
@@ -193,6 +195,7 @@ def _guarded(config: RunConfig, topology: Topology) -> Iterator[None]:
         def begin() -> None:
             held.enter_context(guard_run(folder))
             remove_marker(folder)
+            remove_leftovers(folder / "hf")
 
         on_rank_zero(begin, topology.control_group)
         yield
@@ -235,14 +238,14 @@ def _save_and_evaluate(run: Run, aids: _Aids, done: int, nonfinite: NonfiniteCou
         gather_parameters(run.state.model)
     if saves or stopper.reason is not None:
         _save(run, aids, done, nonfinite)
-        saves = True
     if exports and (is_last or stopper.reason is None):
         aids.watch.at("exporting", done - 1)
         _export(run, aids, done)
     if evaluates and (is_last or stopper.reason is None):
         aids.watch.at("evaluation", done - 1)
         _evaluate(run, aids, done)
-    if stopper.reason is not None and not saves:
+    # one that was due may have failed, and then it was not said that the run stops
+    if stopper.reason is not None and not aids.saver.holds(done):
         _save(run, aids, done, nonfinite)
 
 
@@ -272,15 +275,7 @@ def _save(run: Run, aids: _Aids, done: int, nonfinite: NonfiniteCount) -> None:
 def _export(run: Run, aids: _Aids, done: int) -> None:
     """Export; only the last one must succeed. Collective."""
     try:
-        folder = export_hf(
-            Path(run.config.output_dir) / "hf",
-            done,
-            run.state.chunks,
-            run.start.model,
-            run.assets,
-            run.topology,
-            save_total_limit=run.config.checkpoint.save_total_limit,
-        )
+        folder = _export_folder(run, done)
     except MmlmError as error:  # all ranks have it
         if done == run.train_iters:
             raise
@@ -295,6 +290,31 @@ def _export(run: Run, aids: _Aids, done: int) -> None:
     aids.stopper.agree(run.topology.control_group)
 
 
+def _make_up_export(run: Run) -> None:
+    """Export the weights of a run that is done, if it was killed before it could; collective."""
+    done, config = run.start.iteration, run.config
+    target = Path(config.output_dir) / "hf" / iteration_name(done)
+    if not config.checkpoint.export_hf_interval or on_rank_zero(
+        target.exists, run.topology.control_group
+    ):
+        return
+    get_logger().info(f"{target} is missing: the run was ended before it was complete")
+    gather_parameters(run.state.model)
+    get_logger().info(f"exported {_export_folder(run, done)}")
+
+
+def _export_folder(run: Run, done: int) -> Path:
+    return export_hf(
+        Path(run.config.output_dir) / "hf",
+        done,
+        run.state.chunks,
+        run.start.model,
+        run.assets,
+        run.topology,
+        save_total_limit=run.config.checkpoint.save_total_limit,
+    )
+
+
 def _evaluate(run: Run, aids: _Aids, done: int) -> None:
     assert run.held_out is not None
     try:
@@ -306,6 +326,7 @@ def _evaluate(run: Run, aids: _Aids, done: int) -> None:
             run.topology,
             with_pixels=run.decodes,
             stopper=aids.stopper if done < run.train_iters else None,
+            counting=aids.watch.counting,
         )
     except StopRequested as stop:
         aids.metrics.say(f"the evaluation after {done} iterations is left unfinished: {stop}")

@@ -13,6 +13,7 @@ Phase = Literal[
     "forward-backward",
     "optimizer",
     "logging",
+    "publishing",
     "replay",
     "saving",
     "exporting",
@@ -24,6 +25,7 @@ PHASES: tuple[Phase, ...] = (
     "forward-backward",
     "optimizer",
     "logging",
+    "publishing",
     "replay",
     "saving",
     "exporting",
@@ -32,7 +34,14 @@ PHASES: tuple[Phase, ...] = (
 )
 """What an iteration does, in order."""
 
-_LONG: dict[Phase, int] = {"replay": 3, "saving": 6, "exporting": 6, "evaluation": 6, "closing": 6}
+_LONG: dict[Phase, int] = {
+    "publishing": 6,
+    "replay": 3,
+    "saving": 6,
+    "exporting": 6,
+    "evaluation": 6,
+    "closing": 6,
+}
 FIRST_ITERATION_FACTOR = 3
 """How many timeouts the first iteration may take: kernels are chosen and compiled."""
 

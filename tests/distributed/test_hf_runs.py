@@ -178,6 +178,18 @@ def test_a_resumed_run_ignores_the_folder_and_exports_in_its_own_layout(
     assert contents(tmp_path / "run" / "hf" / "iter_0000003") == truth
 
 
+def test_an_export_that_a_kill_cut_short_is_made_up_for(world: Path, tmp_path: Path) -> None:
+    """Also when all iterations are done, so that there is nothing else to do."""
+    run = config(world, tmp_path, 1, {}, load_hf=str(world / "hf"), export_hf_interval=1)
+    run_ranks(1, train_rank, run)
+    truth = contents(tmp_path / "hf" / "iter_0000001")
+    (tmp_path / "hf" / "iter_0000001").rename(tmp_path / "hf" / ".iter_0000001.tmp")
+    (tmp_path / "hf" / ".iter_0000000.tmp").mkdir()
+    run_ranks(2, train_rank, run)
+    assert [each.name for each in (tmp_path / "hf").iterdir()] == ["iter_0000001"]
+    assert contents(tmp_path / "hf" / "iter_0000001") == truth
+
+
 def evaluate_rank(run: RunConfig, meta: str) -> dict[str, Any]:
     return evaluate_checkpoint(
         run, meta, topology.initialize(run.parallel), resolve_backend(BackendConfig())

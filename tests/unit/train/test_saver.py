@@ -321,3 +321,25 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_no_failure(tmp_path: Path) 
     for said in run_ranks(2, _cannot_delete, tmp_path):
         assert len(said) == 2
     assert [each.name for each in iterations(tmp_path)] == ["iter_0000002"]
+
+
+def _holds(root: Path, is_async: bool) -> None:
+    saver, _ = make(root, async_save=is_async)
+    model = Model()
+    saver.save(at(1), model.describe, is_last=False)
+    assert saver.holds(1) and not saver.holds(2), "complete, or being written"
+    saver.settle()
+    assert saver.holds(1)
+    mend = break_tensors(1)
+    saver.save(at(2), model.describe, is_last=False)
+    saver.settle()
+    mend()
+    assert not saver.holds(2), "a stop must save again before it says that all is saved"
+    saver.save(at(2), model.describe, is_last=True)
+    assert saver.holds(2) and resolve(root).name == "iter_0000002"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_failed_save_is_not_held(tmp_path: Path, is_async: bool) -> None:
+    run_ranks(2, _holds, tmp_path, is_async)

@@ -162,3 +162,11 @@ def test_words_survive_the_store() -> None:
     assert Beat.from_json(beat.to_json().encode()) == beat
     found = verdict(seen(0), seen(1, state="gone"))
     assert found is not None and Verdict.from_json(found.to_json().encode()) == found
+
+
+def test_publishing_may_take_as_long_as_saving() -> None:
+    found = [
+        allowed_seconds(phase, 60.0, is_first_iteration=False)
+        for phase in ("logging", "publishing", "saving")
+    ]
+    assert found == [60.0, 360.0, 360.0]
