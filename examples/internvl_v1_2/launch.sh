@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Starts processes so that signals reach them, and reads how a run ended; pretrain.sh sources it.
-# It needs `say`, and sets `stop_signal` to the first signal that this script was sent.
+# It needs `say` and `fail`, and sets `stop_signal` to the first signal that this script was sent.
 
 stop_signal=""
 child=""
@@ -93,6 +93,31 @@ of_marker() {
     sed -n "s/^ *\"$2\": \"\{0,1\}\([A-Za-z0-9_]*\)\"\{0,1\},\{0,1\}\$/\1/p" "$1/stopped.json"
 }
 
+# refuse_if_in_use FOLDER: asks for the lock that rank 0 holds during a run (mmlm/train/run_guard.py),
+# of whatever python there is: the host that calls srun has no environment.
+refuse_if_in_use() {
+    [[ -e "$1/run.lock" ]] || return 0
+    local python holder status=0
+    python=$(command -v python3 || command -v python) ||
+        fail "FRESH=1: without python3 nobody can say whether $1 is in use; delete it by hand"
+    holder=$("$python" -I -c 'import fcntl, sys
+with open(sys.argv[1], "r+") as file:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # both mean that it is held
+        print(file.read().strip())
+        sys.exit(3)
+    except OSError as error:
+        print(f"this file system has no locks ({error.strerror})", file=sys.stderr)
+' "$1/run.lock") || status=$?
+    case "$status" in
+    0) ;;
+    3) fail "$1 is in use by another run (${holder:-it has not yet said which}): FRESH=1 would" \
+        "delete its checkpoints. Wait for it, stop it, or use another OUTPUT_DIR" ;;
+    *) fail "FRESH=1: $1/run.lock cannot be opened, so nobody can say whether it is in use" ;;
+    esac
+}
+
 # was_stopped FOLDER: whether the run in it was asked to stop and has saved itself; says so.
 was_stopped() {
     local iteration total reason
@@ -118,6 +143,24 @@ requeue_if_wanted() {
     esac
 }
 
+# newest_saved FOLDER: the checkpoint that a run would go on from; empty where there is none.
+newest_saved() { if [[ -f "$1/checkpoints/latest" ]]; then cat -- "$1/checkpoints/latest"; fi; }
+
+# requeue_after_progress FOLDER: a rank or a node that dies ends the whole run long before Slurm
+# finds a node dead. With REQUEUE=1 the job is started again, but only if it has saved something
+# since `saved_before`: an error that repeats is not repeated for ever.
+requeue_after_progress() {
+    [[ "${REQUEUE:-0}" == 1 && -n "${SLURM_JOB_ID:-}" ]] || return 0
+    local saved
+    saved=$(newest_saved "$1")
+    if [[ -z "$saved" || "$saved" == "${saved_before:-}" ]]; then
+        say "not requeued: nothing was saved since the start, so it would fail again"
+        return
+    fi
+    say "REQUEUE=1: failed after $saved was saved; asking Slurm to start job $SLURM_JOB_ID again"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
 # end_of_training FOLDER STATUS: after a launch; returns only where the run went to its end. The
 # status of torchrun says nothing: it is 1 after any signal, so the run leaves a file.
 end_of_training() {
@@ -131,5 +174,6 @@ end_of_training() {
         requeue_if_wanted "$1"
         exit "$2"
     fi
+    if (($2)); then requeue_after_progress "$1"; fi
     return "$2"
 }

@@ -35,7 +35,8 @@ settings (environment variables)
                          killed (default: 280). A second signal ends everything at once
   MAX_RESTARTS           one machine: how often torchrun starts the ranks again when one has died; they
                          continue from the last checkpoint (default: 0)
-  FRESH=1                delete an earlier run in OUTPUT_DIR and train again
+  FRESH=1                delete an earlier run in OUTPUT_DIR and train again; refused while that
+                         run lives, and a job that Slurm has requeued deletes nothing
   DEMO=1                 run the demo even though there are GPUs, and on them
                          (CUDA_VISIBLE_DEVICES="" runs it on the CPU)
   DEMO_DIR               where the demo's data and weights are kept (default: work_dirs/demo_cache)
@@ -243,6 +244,11 @@ $cause}"
 
 start_afresh() {
     [[ "${FRESH:-0}" == 1 ]] || return 0
+    if [[ "${SLURM_RESTART_COUNT:-0}" != 0 ]]; then
+        say "FRESH=1: nothing is deleted, because Slurm has started this job again; it continues"
+        return
+    fi
+    refuse_if_in_use "$OUTPUT_DIR"
     say "FRESH=1: deleting the earlier run in $OUTPUT_DIR"
     local name
     for name in checkpoints tensorboard hf finished demo_world.json metrics.jsonl config.json \
@@ -409,8 +415,12 @@ run_slurm() {
     local granted="${SLURM_JOB_NUM_NODES:-$nodes}"
     ((granted >= nodes)) ||
         fail "GPUS=$GPUS / GPUS_PER_NODE=$GPUS_PER_NODE needs $nodes nodes, the job has $granted"
+    ((nodes == 1)) || [[ "${MAX_RESTARTS:-0}" == 0 ]] ||
+        fail "MAX_RESTARTS=$MAX_RESTARTS works on one machine, this is $nodes nodes; unset it:" \
+            "with REQUEUE=1 Slurm starts the job again"
     start_afresh
     mkdir -p -- "$OUTPUT_DIR"
+    saved_before=$(newest_saved "$OUTPUT_DIR")
     export GPUS GPUS_PER_NODE TP PP BATCH_SIZE PER_DEVICE_BATCH_SIZE OUTPUT_DIR RECIPE LOAD META
     export FRESH=0
     export STOP_SECONDS="${STOP_SECONDS:-280}"

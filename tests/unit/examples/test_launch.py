@@ -55,6 +55,23 @@ def started(
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def whole(tools: Path, settings: dict[str, str], words: tuple[str, ...]) -> tuple[int, str]:
+    """A script that ends by itself."""
+    environment = {"PATH": f"{tools}{os.pathsep}{os.defpath}", "HOME": str(tools)}
+    environment |= {"MMLM_VENV": "none", **settings}
+    ended = subprocess.run(
+        words,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    return ended.returncode, ended.stdout
+
+
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     written, _ = process.communicate(timeout=30)
     return process.returncode, written
@@ -139,6 +156,36 @@ def test_slurm_requeues_what_was_not_cancelled(
     assert status == 0, written
     assert f"stopped after iteration 7 of 60 by {reason}" in written
     assert ("scontrol requeue 7" in written) == is_requeued
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_requeued"),
+    [("iter_0000200", "iter_0000400", True), ("iter_0000200", "iter_0000200", False)],
+)
+def test_slurm_requeues_a_failure_that_came_after_progress(
+    before: str, after: str, is_requeued: bool, tools: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "checkpoints" / "latest").write_text(f"{before}\n")
+    put(tools, "srun", f'echo {after} >"$OUTPUT_DIR/checkpoints/latest"; exit 1')
+    put(tools, "scontrol", 'echo "scontrol $*"')
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "8", "SLURM_SUBMIT_DIR": str(ROOT)}
+    batch = ("bash", "examples/internvl_v1_2/slurm/pretrain.sbatch")
+    status, written = whole(tools, {**converted(tmp_path), **job}, batch)
+    assert status == 1, written
+    assert ("scontrol requeue 7" in written) == is_requeued
+    assert ("not requeued" in written) != is_requeued
+
+
+def test_restarts_over_several_nodes_are_refused(tools: Path, tmp_path: Path) -> None:
+    put(tools, "srun", "exit 0")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "8", "SLURM_SUBMIT_DIR": str(ROOT)}
+    settings = {**converted(tmp_path), **job, "MAX_RESTARTS": "2"}
+    batch = ("bash", "examples/internvl_v1_2/slurm/pretrain.sbatch")
+    status, written = whole(tools, settings, batch)
+    assert status == 1, written
+    assert "MAX_RESTARTS=2 works on one machine, this is 8 nodes" in written
 
 
 @pytest.mark.parametrize("place", ["child=$!", 'is_starting=""'])
