@@ -88,7 +88,7 @@ def settings(world: Path, layout: dict[str, Any] | None = None, **train: Any) ->
                 "global_batch_size": GLOBAL_BATCH_SIZE,
                 "dtype": "fp32",
                 "seed": SEED,
-            "drop_path_seed": SEED,
+                "drop_path_seed": SEED,
                 "loss_weight": "sample",
                 "vision_drop_path_rate": 0.6,
                 **train,
