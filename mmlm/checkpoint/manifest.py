@@ -229,7 +229,8 @@ def prune(root: Path, save_total_limit: int) -> list[Path]:
 def tidy(root: Path) -> None:
     """Remove what killed saves have left; called by one rank of the only run on this folder.
 
-    A checkpoint that was being replaced, with nothing in its place, gets its name back.
+    A checkpoint that was being replaced, with nothing in its place, gets its name back. One that
+    had its name when a kill came, but was not yet named by ``latest``, is named.
     """
     for each in sorted(root.glob(".iter_*")) if root.is_dir() else ():
         name, _, kind = each.name.removeprefix(".").partition(".")
@@ -239,7 +240,21 @@ def tidy(root: Path) -> None:
             each.rename(root / name)
         elif kind in ("replaced", "tmp", "deleted"):
             remove_directory(each)
-    (root / f".{LATEST_FILE}.tmp").unlink(missing_ok=True)
+    unfinished = root / f".{LATEST_FILE}.tmp"
+    if _is_newer_name(unfinished, root / LATEST_FILE):
+        os.replace(unfinished, root / LATEST_FILE)
+        _fsync(root)
+    unfinished.unlink(missing_ok=True)
+
+
+def _is_newer_name(unfinished: Path, latest: Path) -> bool:
+    """Whether a killed `publish` had come to the naming, and nobody has gone back since."""
+    if not unfinished.is_file():
+        return False
+    name = unfinished.read_text(encoding="utf-8", errors="replace").strip()
+    if not _ITERATION.fullmatch(name) or not (latest.parent / name / MANIFEST_FILE).is_file():
+        return False
+    return not latest.exists() or unfinished.stat().st_mtime_ns > latest.stat().st_mtime_ns
 
 
 def named_iterations(root: Path) -> list[Path]:
@@ -258,7 +273,7 @@ def named_iterations(root: Path) -> list[Path]:
 def above_latest(root: Path) -> list[Path]:
     """Directories of iterations above the one that ``latest`` names, from the newest.
 
-    Somebody has gone back before them, or a kill came between the rename and naming the iteration.
+    Somebody has gone back before them; what a kill kept out of ``latest`` is put there by `tidy`.
     """
     latest = _named_by_latest(root)
     if latest is None:

@@ -191,9 +191,9 @@ def _complete(output: Path) -> tuple[str, ...]:
 
 
 def _newest(output: Path) -> int:
-    """Iterations that are saved."""
+    """Iterations that are saved, whether or not a kill came before `latest` was replaced."""
     complete = _complete(output)
-    return int(resolve(output / "checkpoints").name.removeprefix("iter_")) if complete else 0
+    return int(complete[-1].removeprefix("iter_")) if complete else 0
 
 
 def _problems_of_start(printed: str, wanted: int) -> list[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,15 @@ import pytest
 from mmlm.checkpoint import manifest as module
 from mmlm.checkpoint.manifest import (
     Manifest,
+    above_latest,
     iteration_name,
     iterations,
+    named_iterations,
     prune,
     publish,
     resolve,
     temporary_dir,
+    tidy,
 )
 from mmlm.config.model import LanguageConfig, ModelConfig, VisionConfig
 from mmlm.errors import CheckpointError
@@ -167,6 +171,50 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(
     shutil.rmtree(directory, ignore_errors=True)
     save(tmp_path, iteration)
     assert resolve(tmp_path).name == iteration_name(iteration)
+
+
+def killed_before_naming(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Iteration 400 has its name, and `latest` still says 200."""
+    save(root, 200)
+
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            save(root, 400)
+    assert (root / "latest").read_text() == "iter_0000200\n"
+    assert iterations(root)[-1].name == "iter_0000400"
+
+
+def test_a_checkpoint_that_a_kill_left_unnamed_is_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    killed_before_naming(tmp_path, monkeypatch)
+    tidy(tmp_path)
+    assert [each.name for each in named_iterations(tmp_path)] == ["iter_0000400", "iter_0000200"]
+    assert above_latest(tmp_path) == []
+    assert sorted(each.name for each in tmp_path.glob(".*")) == []
+
+
+def test_going_back_after_such_a_kill_is_obeyed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    killed_before_naming(tmp_path, monkeypatch)
+    later = (tmp_path / ".latest.tmp").stat().st_mtime_ns + 1
+    (tmp_path / "latest").write_text("iter_0000200")
+    os.utime(tmp_path / "latest", ns=(later, later))
+    tidy(tmp_path)
+    assert [each.name for each in named_iterations(tmp_path)] == ["iter_0000200"]
+    assert [each.name for each in above_latest(tmp_path)] == ["iter_0000400"]
+    assert not (tmp_path / ".latest.tmp").exists()
+
+
+def test_a_name_without_its_checkpoint_is_dropped(tmp_path: Path):
+    save(tmp_path, 200)
+    (tmp_path / ".latest.tmp").write_text("iter_0000400\n")
+    tidy(tmp_path)
+    assert (tmp_path / "latest").read_text() == "iter_0000200\n"
+    assert not (tmp_path / ".latest.tmp").exists()
 
 
 def test_the_same_iteration_is_replaced(tmp_path: Path):
