@@ -28,7 +28,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from mmlm.data.collate import Batch
 from mmlm.errors import MmlmError
 from mmlm.log import get_logger
-from mmlm.parallel.process import state_of, this_process
+from mmlm.parallel.process import ProcessState, state_of, this_process
 from mmlm.parallel.topology import Topology
 from mmlm.train.forward_step import ForwardStep
 from mmlm.train.watch_rules import Beat, Phase, Seen, Verdict, allowed_seconds, judge
@@ -210,9 +210,16 @@ class Watch:
             self._end(self._store.get("verdict"))
 
     def _look(self, now: float) -> None:
+        # before the beats: the last words of a process that is gone by now are among those
+        states = {rank: state_of(other.beat.process) for rank, other in self._others.items()}
         names = [f"beat/{rank}" for rank in range(self._topology.world_size)]
         beats = [Beat.from_json(text) for text in self._store.multi_get(names)]
-        seen = [self._others.setdefault(b.rank, _Other(b, now)).see(b, now) for b in beats]
+        seen = [
+            self._others.setdefault(beat.rank, _Other(beat, now)).see(
+                beat, now, states.get(beat.rank, "unknown")
+            )
+            for beat in beats
+        ]
         verdict = judge(
             seen, silent_seconds=self._silent_seconds, timeout_minutes=self._timeout_minutes
         )
@@ -260,8 +267,8 @@ class _Other:
         self.beat = beat
         self._heard = self._moved = now
 
-    def see(self, beat: Beat, now: float) -> Seen:
-        """Compare with the last look."""
+    def see(self, beat: Beat, now: float, state: ProcessState) -> Seen:
+        """Compare with the last look; `state` is from before the beat was read."""
         if beat.count != self.beat.count:
             self._heard = now
         if beat.progress != self.beat.progress:
@@ -271,7 +278,7 @@ class _Other:
             beat=beat,
             silent_seconds=now - self._heard,
             still_seconds=now - self._moved,
-            state=state_of(beat.process),
+            state=state,
         )
 
 

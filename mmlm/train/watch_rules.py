@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mmlm.parallel.process import ProcessIdentity, ProcessState
 
@@ -20,18 +20,7 @@ Phase = Literal[
     "evaluation",
     "closing",
 ]
-PHASES: tuple[Phase, ...] = (
-    "data",
-    "forward-backward",
-    "optimizer",
-    "logging",
-    "publishing",
-    "replay",
-    "saving",
-    "exporting",
-    "evaluation",
-    "closing",
-)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 """What an iteration does, in order."""
 
 _LONG: dict[Phase, int] = {
